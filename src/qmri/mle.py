@@ -1,0 +1,484 @@
+"""Maximum likelihood, for every voxel of a slice at once.
+
+The solver is a Levenberg-Marquardt iteration with bounds that advances all voxels together: the
+model and the noise are each asked once per iteration, for all voxels still at work, and a
+compiled kernel takes one step in each. Any `SignalModel` and any `Noise` therefore fit, and
+those that are compiled fit fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
+
+from qmri.models import Array, SignalModel
+from qmri.noise import Noise
+
+__all__ = ["Fit", "MaximumLikelihood", "fit_mle"]
+
+_CHUNK = 131_072  # voxels whose state is held at once
+_WINDOW = 16384  # voxels at work at once: large enough for all cores, small enough for caches
+
+_RUNNING, _CONVERGED, _STUCK = 0, 1, 2
+
+# A step that promises less than this many nats is not worth taking: a billionth of what one
+# standard error of a parameter costs.
+_TOLERANCE = 1e-9
+_FIRST_DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Maximum-likelihood estimates of many voxels.
+
+    Attributes
+    ----------
+    theta : (voxels, parameters)
+        Estimates in the model's units; NaN in a voxel that could not be fitted.
+    nll : (voxels,)
+        Negative log-likelihood at `theta`, in nats; NaN in a voxel that could not be fitted.
+    bound_hit : (voxels, parameters)
+        -1 where a parameter ended on its lower bound, +1 on its upper bound, else 0 (also where
+        both bounds are equal: that parameter is fixed, not caught).
+    converged : (voxels,)
+        Whether the iteration ended because no step can lower `nll` further.
+    iterations : (voxels,)
+        Steps tried, over all starts.
+    """
+
+    theta: Array
+    nll: Array
+    bound_hit: NDArray[np.int8]
+    converged: NDArray[np.bool_]
+    iterations: NDArray[np.int64]
+
+    @property
+    def at_bound(self) -> NDArray[np.bool_]:
+        """Whether any parameter ended on a bound, (voxels,)."""
+        return np.any(self.bound_hit != 0, axis=1)
+
+
+def fit_mle(
+    model: SignalModel,
+    noise: Noise,
+    signals: ArrayLike,
+    start: ArrayLike | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    max_iterations: int = 300,
+    progress: bool = False,
+) -> Fit:
+    """Parameters that make each measured signal most likely, within bounds.
+
+    Parameters
+    ----------
+    model : SignalModel
+        Physics, with its parameters' bounds.
+    noise : Noise
+        Noise model, with its standard deviation.
+    signals : (voxels, measurements)
+        Measured signals, real.
+    start : (voxels, parameters) or (parameters,), optional
+        Where the iteration begins, within the bounds. Without it the model proposes several
+        starts for each voxel from the data, and the likeliest end wins.
+    bounds : mapping of parameter name to (low, high), optional
+        Replaces the model's bounds for the parameters named; ``low == high`` fixes one.
+    max_iterations : int
+        Steps tried per start before a voxel counts as not converged.
+    progress : bool
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    Fit
+        A voxel whose signal is impossible under `noise` (NaN, infinite, or a negative
+        magnitude), or whose model signal is not finite at the start, has NaN estimates and
+        ``converged == False``; its neighbours are not affected.
+
+    Raises
+    ------
+    ValueError
+        If a shape is wrong, `signals` is complex, a bound is unknown or reversed, or `start`
+        lies outside the bounds or is not finite.
+
+    Notes
+    -----
+    Each step minimises a quadratic model of the negative log-likelihood within the bounds: its
+    gradient is exact, its curvature J' W J with W the Fisher information of one measurement
+    (Fisher scoring). Damping follows Nielsen's rule (Madsen, Nielsen and Tingleff 2004
+    {cite}`madsen2004leastsquares`): steps that raise the negative log-likelihood are never
+    taken.
+    """
+    signals = _check_signals(model, signals)
+    limits = _check_bounds(model, bounds)
+    start = None if start is None else _check_start(model, limits, start, len(signals))
+
+    voxels, parameters = len(signals), len(model.parameters)
+    theta = np.full((voxels, parameters), np.nan)
+    converged = np.zeros(voxels, dtype=bool)
+    iterations = np.zeros(voxels, dtype=np.int64)
+    usable = np.flatnonzero(noise.possible(signals).all(axis=1))
+    with tqdm(total=len(usable), unit="voxel", disable=not progress, desc="MLE") as bar:
+        for first in range(0, len(usable), _CHUNK):
+            here = usable[first : first + _CHUNK]
+            data, chunk_noise = np.ascontiguousarray(signals[here]), noise.at(here)
+            starts = (
+                model.starting_points(data, limits) if start is None else start[np.newaxis, here]
+            )
+            best = np.full(len(here), np.inf)
+            for begin in starts:
+                run = _descend(model, chunk_noise, data, begin, limits, max_iterations)
+                iterations[here] += run.iterations
+                better = run.value < best
+                best[better] = run.value[better]
+                theta[here[better]] = run.theta[better]
+                converged[here[better]] = run.status[better] == _CONVERGED
+            bar.update(len(here))
+
+    nll = np.full(voxels, np.nan)
+    fitted = np.flatnonzero(np.isfinite(theta).all(axis=1))
+    if len(fitted):
+        clean = model.signal(theta[fitted])
+        nll[fitted] = noise.at(fitted).nll(signals[fitted], clean).sum(axis=1)
+    low, high = limits.T
+    free = low < high
+    bound_hit = np.where(free & (theta == high), 1, np.where(free & (theta == low), -1, 0))
+    return Fit(theta, nll, bound_hit.astype(np.int8), converged, iterations)
+
+
+class MaximumLikelihood:
+    """Maximum likelihood as an estimator: signals in, parameters out.
+
+    Parameters
+    ----------
+    model : SignalModel
+    noise : Noise
+    bounds : mapping of parameter name to (low, high), optional
+        As for :func:`fit_mle`.
+    """
+
+    def __init__(
+        self,
+        model: SignalModel,
+        noise: Noise,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+    ):
+        _check_bounds(model, bounds)
+        self.model, self.noise, self.bounds = model, noise, bounds
+        self.names, self.units = model.names, model.units
+
+    def __repr__(self) -> str:
+        return f"MaximumLikelihood({self.model!r}, {self.noise!r})"
+
+    def estimate(self, signals: ArrayLike) -> Array:
+        """Estimates for each voxel, started from the data.
+
+        Parameters
+        ----------
+        signals : (voxels, measurements)
+
+        Returns
+        -------
+        (voxels, parameters)
+            In the model's units; NaN in a voxel that could not be fitted.
+        """
+        return fit_mle(self.model, self.noise, signals, bounds=self.bounds).theta
+
+
+def _check_signals(model: SignalModel, signals: ArrayLike) -> Array:
+    signals = np.asarray(signals)
+    if np.iscomplexobj(signals):
+        raise ValueError("signals must be real, got complex values (take magnitudes first)")
+    signals = signals.astype(np.float64, copy=False)
+    if signals.ndim != 2 or signals.shape[1] != model.measurements:
+        raise ValueError(
+            f"signals must have shape (voxels, {model.measurements}), one column for each "
+            f"measurement of {model!r}, got {signals.shape}"
+        )
+    return signals
+
+
+def _check_bounds(
+    model: SignalModel, bounds: Mapping[str, tuple[float, float]] | None
+) -> Array:
+    limits = model.bounds.copy()
+    for name, pair in (bounds or {}).items():
+        if name not in model.names:
+            raise ValueError(f"bounds must name parameters among {model.names}, got {name!r}")
+        values = np.asarray(pair, dtype=np.float64)
+        if values.shape != (2,) or not np.all(np.isfinite(values)) or values[0] > values[1]:
+            raise ValueError(
+                f"bounds[{name!r}] must be a finite (low, high) with low <= high, got {pair!r}"
+            )
+        limits[model.names.index(name)] = values
+    return limits
+
+
+def _check_start(model: SignalModel, limits: Array, start: ArrayLike, voxels: int) -> Array:
+    start = np.asarray(start, dtype=np.float64)
+    expected = (voxels, len(model.parameters))
+    if start.shape not in (expected, expected[1:]):
+        raise ValueError(f"start must have shape {expected} or {expected[1:]}, got {start.shape}")
+    start = np.broadcast_to(start, expected)
+    outside = ~((start >= limits[:, 0]) & (start <= limits[:, 1]))
+    if outside.any():
+        voxel, parameter = np.argwhere(outside)[0]
+        raise ValueError(
+            f"start must lie within the bounds: {model.names[parameter]} of voxel {voxel} is "
+            f"{start[voxel, parameter]:g}, expected {limits[parameter, 0]:g} to "
+            f"{limits[parameter, 1]:g}"
+        )
+    return start
+
+
+class _Run:
+    """State of the iteration in each voxel of a chunk."""
+
+    def __init__(self, begin: Array):
+        voxels, parameters = begin.shape
+        self.trial = np.array(begin)
+        self.theta = np.full((voxels, parameters), np.nan)
+        self.value = np.full(voxels, np.inf)
+        self.gradient = np.zeros((voxels, parameters))
+        self.hessian = np.zeros((voxels, parameters, parameters))
+        self.predicted = np.zeros(voxels)
+        self.damping = np.full(voxels, _FIRST_DAMPING)
+        self.growth = np.full(voxels, 2.0)
+        self.status = np.full(voxels, _RUNNING, dtype=np.int8)
+        self.iterations = np.zeros(voxels, dtype=np.int64)
+
+
+def _descend(
+    model: SignalModel, noise: Noise, data: Array, begin: Array, limits: Array, max_iterations: int
+) -> _Run:
+    run = _Run(begin)
+    low, high = (np.ascontiguousarray(side) for side in limits.T)
+    active = np.empty(0, dtype=np.intp)
+    waiting = 0  # the first voxel that has not begun
+    while True:
+        # Voxels that are done make room for others, so that a slow one holds nobody up.
+        if waiting < len(data) and len(active) <= _WINDOW // 2:
+            joining = np.arange(waiting, min(len(data), waiting + _WINDOW - len(active)))
+            active = np.concatenate([active, joining])
+            waiting += len(joining)
+        if len(active) == 0:
+            return run
+        clean, jacobian = model.signal_and_jacobian(run.trial[active])
+        terms = noise.at(active).quadratic_terms(data[active], clean)
+        _advance(
+            active, *terms, jacobian, low, high, max_iterations,
+            run.trial, run.theta, run.value, run.gradient, run.hessian,
+            run.predicted, run.damping, run.growth, run.iterations, run.status,
+        )  # fmt: skip
+        active = active[run.status[active] == _RUNNING]
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _advance(
+    active, value_terms, gradient_terms, curvature_terms, jacobian, low, high, max_iterations,
+    trial, theta, value, gradient, hessian, predicted, damping, growth, iterations, status,
+):  # fmt: skip
+    """Judge the trial point of each active voxel and propose the next one."""
+    measurements, parameters = jacobian.shape[1:]
+    rows = 64  # voxels that share one scratch space
+    for block in prange((active.shape[0] + rows - 1) // rows):
+        matrix = np.empty((parameters, parameters))
+        step = np.empty(parameters)
+        free = np.empty(parameters, dtype=np.bool_)
+        for a in range(block * rows, min(active.shape[0], (block + 1) * rows)):
+            v = active[a]
+            iterations[v] += 1
+            total = 0.0
+            for m in range(measurements):
+                total += value_terms[a, m]
+            verdict = _judge(total, value[v], predicted[v], measurements)
+            if verdict != _RUNNING:
+                status[v] = verdict
+                continue
+            if total < value[v]:
+                if np.isfinite(value[v]):
+                    quality = (value[v] - total) / predicted[v]
+                    damping[v] *= max(1.0 / 3.0, 1.0 - (2.0 * quality - 1.0) ** 3)
+                    damping[v] = max(damping[v], 1e-12)
+                growth[v] = 2.0
+                value[v] = total
+                for p in range(parameters):
+                    theta[v, p] = trial[v, p]
+                if not _expand(
+                    a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian
+                ):
+                    status[v] = _STUCK
+                    continue
+            else:
+                damping[v] *= growth[v]
+                growth[v] *= 2.0
+            if damping[v] > 1e20 or iterations[v] > max_iterations:
+                status[v] = _STUCK
+                continue
+            # Only descent steps are proposed: with enough damping every bounded step is one,
+            # unless the gradient vanishes or points out of the box everywhere.
+            while True:
+                _bounded_step(
+                    v, theta, gradient, hessian, damping[v], low, high, matrix, free, step
+                )
+                predicted[v] = _predicted_decrease(v, gradient, hessian, step)
+                if predicted[v] >= _TOLERANCE or damping[v] > 1e3:
+                    break
+                if _slope_gain(v, theta, gradient, hessian, low, high) < _TOLERANCE:
+                    status[v] = _CONVERGED
+                    break
+                damping[v] *= 10.0
+            for p in range(parameters):
+                # Exactly on a bound, not a rounding error beside it.
+                if step[p] == low[p] - theta[v, p]:
+                    trial[v, p] = low[p]
+                elif step[p] == high[p] - theta[v, p]:
+                    trial[v, p] = high[p]
+                else:
+                    trial[v, p] = min(max(theta[v, p] + step[p], low[p]), high[p])
+
+
+@njit(cache=True, error_model="numpy")
+def _judge(total, value, predicted, measurements):
+    """Whether a voxel whose trial point has the value `total` goes on."""
+    if not np.isfinite(value):  # the start
+        return _RUNNING if np.isfinite(total) else _STUCK
+    # A step whose promised gain is below the rounding of the sum cannot be judged by it.
+    if not total < value and predicted < 1e-14 * (measurements + abs(value)):
+        return _CONVERGED
+    return _RUNNING
+
+
+# The helpers below take whole arrays and a voxel's index: a view of a row would cost more than
+# the arithmetic on it.
+
+
+@njit(cache=True, error_model="numpy")
+def _expand(a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian):
+    """Gradient J'g and curvature J'WJ of one voxel; whether both are finite."""
+    parameters = jacobian.shape[2]
+    total = 0.0
+    for p in range(parameters):
+        slope = 0.0
+        for m in range(jacobian.shape[1]):
+            slope += gradient_terms[a, m] * jacobian[a, m, p]
+        gradient[v, p] = slope
+        total += slope
+        for q in range(p + 1):
+            bend = 0.0
+            for m in range(jacobian.shape[1]):
+                bend += curvature_terms[a, m] * jacobian[a, m, p] * jacobian[a, m, q]
+            hessian[v, p, q] = bend
+            hessian[v, q, p] = bend
+            total += bend
+    return np.isfinite(total)
+
+
+@njit(cache=True, error_model="numpy")
+def _predicted_decrease(v, gradient, hessian, step):
+    decrease = 0.0
+    for p in range(step.shape[0]):
+        bend = 0.0
+        for q in range(step.shape[0]):
+            bend += hessian[v, p, q] * step[q]
+        decrease -= step[p] * (gradient[v, p] + 0.5 * bend)
+    return decrease
+
+
+@njit(cache=True, error_model="numpy")
+def _slope_gain(v, theta, gradient, hessian, low, high):
+    """Largest decrease that moving one parameter alone, within its bounds, can promise."""
+    largest = 0.0
+    for p in range(theta.shape[1]):
+        room = (theta[v, p] - low[p]) if gradient[v, p] > 0 else (high[p] - theta[v, p])
+        slope, bend = abs(gradient[v, p]), hessian[v, p, p]
+        length = slope / bend if bend * room > slope else room
+        largest = max(largest, slope * length - 0.5 * bend * length * length)
+    return largest
+
+
+@njit(cache=True, error_model="numpy")
+def _bounded_step(v, theta, gradient, hessian, damping, low, high, matrix, free, step):
+    """Minimise g's + s'(H + damping D)s / 2 over steps s that stay within the bounds.
+
+    Parameters that the step would carry over a bound are put on it, and the rest solved again:
+    at most as many small linear systems as there are parameters.
+    """
+    n = theta.shape[1]
+    largest = 0.0
+    for p in range(n):
+        span = high[p] - low[p]
+        largest = max(largest, hessian[v, p, p] * span * span)
+        step[p] = 0.0
+        outward = (theta[v, p] <= low[p] and gradient[v, p] >= 0.0) or (
+            theta[v, p] >= high[p] and gradient[v, p] <= 0.0
+        )
+        free[p] = not outward
+    clipped = True
+    while clipped:
+        clipped = False
+        for p in range(n):
+            if not free[p]:  # keep the system square: this parameter's step is known
+                for q in range(p):
+                    matrix[p, q] = 0.0
+                matrix[p, p] = 1.0
+                continue
+            right = -gradient[v, p]
+            for q in range(n):
+                if not free[q]:
+                    right -= hessian[v, p, q] * step[q]
+            for q in range(p):
+                matrix[p, q] = hessian[v, p, q] if free[q] else 0.0
+            # Marquardt's scaling; a parameter without influence still gets a finite step.
+            span = high[p] - low[p]
+            floor = 1e-14 * largest / (span * span) + 1e-300
+            matrix[p, p] = hessian[v, p, p] * (1.0 + damping) + floor
+            step[p] = right
+        _solve(matrix, step)
+        for p in range(n):
+            if not free[p]:
+                continue
+            if not np.isfinite(step[p]):
+                step[p] = 0.0
+            if theta[v, p] + step[p] < low[p]:
+                step[p] = low[p] - theta[v, p]
+            elif theta[v, p] + step[p] > high[p]:
+                step[p] = high[p] - theta[v, p]
+            else:
+                continue
+            free[p] = False
+            clipped = True
+
+
+@njit(cache=True, error_model="numpy")
+def _solve(matrix, right):
+    """Cholesky solution in place; only the lower triangle of `matrix` is read.
+
+    The diagonal is stored as its inverse: divisions are what this costs.
+    """
+    n = right.shape[0]
+    for i in range(n):
+        for j in range(i):
+            total = matrix[i, j]
+            for k in range(j):
+                total -= matrix[i, k] * matrix[j, k]
+            matrix[i, j] = total * matrix[j, j]
+        total = matrix[i, i]
+        for k in range(i):
+            total -= matrix[i, k] * matrix[i, k]
+        # Rounding can leave a singular matrix slightly negative: no step that way.
+        matrix[i, i] = 1.0 / np.sqrt(total) if total > 0.0 else 0.0
+        total = right[i]
+        for k in range(i):
+            total -= matrix[i, k] * right[k]
+        right[i] = total * matrix[i, i]
+    for i in range(n - 1, -1, -1):
+        total = right[i]
+        for k in range(i + 1, n):
+            total -= matrix[k, i] * right[k]
+        right[i] = total * matrix[i, i]
