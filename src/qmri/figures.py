@@ -170,9 +170,7 @@ def show_maps(
     missing = [name for name in limits if name not in maps or name not in parameters]
     if missing:
         raise ValueError(f"limits must name maps among {list(maps)}, got {missing}")
-    figure, axes = plt.subplots(
-        1, len(limits), figsize=(2.6 * len(limits), 3.2), squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(limits), figsize=(2.6 * len(limits), 3.2), squeeze=False)
     for panel, (name, ends) in zip(axes[0], limits.items(), strict=True):
         draw_map(panel, maps[name], ends, axis_label(parameters[name]), cmap)
     return figure

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -22,13 +23,16 @@ from qmri.noise import Noise
 __all__ = ["Fit", "MaximumLikelihood", "fit_mle"]
 
 _CHUNK = 131_072  # voxels whose state is held at once
-_WINDOW = 16384  # voxels at work at once: large enough for all cores, small enough for caches
+_WINDOW = 4096  # voxels at work at once: large enough for all cores, small enough for caches
 
-_RUNNING, _CONVERGED, _STUCK = 0, 1, 2
+_RUNNING, _CONVERGED, _STUCK, _JOINED = 0, 1, 2, 3
 
-# A step that promises less than this many nats is not worth taking: a billionth of what one
+# A step that promises less than this many nats is not worth taking: a hundred-millionth of what one
 # standard error of a parameter costs.
-_TOLERANCE = 1e-9
+_TOLERANCE = 1e-8
+# Two descents whose values (in nats) and squared distance (in standard errors) differ by less
+# than this are taken to head for the same minimum.
+_SAME = 1e-3
 _FIRST_DAMPING = 0.1
 
 
@@ -84,8 +88,9 @@ def fit_mle(
     signals : (voxels, measurements)
         Measured signals, real.
     start : (voxels, parameters) or (parameters,), optional
-        Where the iteration begins, within the bounds. Without it the model proposes several
-        starts for each voxel from the data, and the likeliest end wins.
+        Where the iteration begins, within the bounds. The model proposes further starts for each
+        voxel from the data; wherever two descents end in different places more are made, and the
+        likeliest end wins. Without `start` they all begin from the data.
     bounds : mapping of parameter name to (low, high), optional
         Replaces the model's bounds for the parameters named; ``low == high`` fixes one.
     max_iterations : int
@@ -126,18 +131,13 @@ def fit_mle(
     with tqdm(total=len(usable), unit="voxel", disable=not progress, desc="MLE") as bar:
         for first in range(0, len(usable), _CHUNK):
             here = usable[first : first + _CHUNK]
-            data, chunk_noise = np.ascontiguousarray(signals[here]), noise.at(here)
-            starts = (
-                model.starting_points(data, limits) if start is None else start[np.newaxis, here]
-            )
-            best = np.full(len(here), np.inf)
-            for begin in starts:
-                run = _descend(model, chunk_noise, data, begin, limits, max_iterations)
-                iterations[here] += run.iterations
-                better = run.value < best
-                best[better] = run.value[better]
-                theta[here[better]] = run.theta[better]
-                converged[here[better]] = run.status[better] == _CONVERGED
+            data = np.ascontiguousarray(signals[here])
+            starts = list(model.starting_points(data, limits))
+            if start is not None:
+                starts.insert(0, start[here])
+            best = _best_of(model, noise.at(here), data, starts, limits, max_iterations)
+            theta[here], converged[here] = best.theta, best.status == _CONVERGED
+            iterations[here] = best.iterations
             bar.update(len(here))
 
     nll = np.full(voxels, np.nan)
@@ -203,9 +203,7 @@ def _check_signals(model: SignalModel, signals: ArrayLike) -> Array:
     return signals
 
 
-def _check_bounds(
-    model: SignalModel, bounds: Mapping[str, tuple[float, float]] | None
-) -> Array:
+def _check_bounds(model: SignalModel, bounds: Mapping[str, tuple[float, float]] | None) -> Array:
     limits = model.bounds.copy()
     for name, pair in (bounds or {}).items():
         if name not in model.names:
@@ -236,6 +234,40 @@ def _check_start(model: SignalModel, limits: Array, start: ArrayLike, voxels: in
     return start
 
 
+def _best_of(
+    model: SignalModel,
+    noise: Noise,
+    data: Array,
+    starts: list[Array],
+    limits: Array,
+    max_iterations: int,
+) -> _Run:
+    """The likeliest end of several descents.
+
+    Every voxel descends from the first two starts. Those that end in two places or do not
+    converge, whose likelihood thus has several valleys or a flat one, and those that end in a
+    corner of the box, where minima hide behind each other, descend from the other starts too.
+    """
+    low, high = limits.T
+    best = _descend(model, noise, data, starts[0], limits, max_iterations)
+    unsettled = np.arange(len(data))
+    for begin in starts[1:]:
+        run = _descend(
+            model, noise.at(unsettled), data[unsettled], begin[unsettled], limits,
+            max_iterations, rival=best.at(unsettled),
+        )  # fmt: skip
+        best.iterations[unsettled] += run.iterations
+        better = (run.value < best.value[unsettled]) & (run.status != _JOINED)
+        best.replace(unsettled[better], run.at(better))
+        ends = best.theta[unsettled]
+        on_bound = (low < high) & ((ends == low) | (ends == high))
+        corner = np.sum(on_bound, axis=1) > 1
+        unsettled = unsettled[(run.status != _JOINED) | corner]
+        if len(unsettled) == 0:
+            break
+    return best
+
+
 class _Run:
     """State of the iteration in each voxel of a chunk."""
 
@@ -252,12 +284,36 @@ class _Run:
         self.status = np.full(voxels, _RUNNING, dtype=np.int8)
         self.iterations = np.zeros(voxels, dtype=np.int64)
 
+    def at(self, voxels: NDArray) -> _End:
+        return _End(self.theta[voxels], self.value[voxels], self.status[voxels])
+
+    def replace(self, voxels: NDArray, end: _End) -> None:
+        self.theta[voxels], self.value[voxels], self.status[voxels] = end
+
+
+class _End(NamedTuple):
+    """Where descents ended."""
+
+    theta: Array
+    value: Array
+    status: NDArray[np.int8]
+
 
 def _descend(
-    model: SignalModel, noise: Noise, data: Array, begin: Array, limits: Array, max_iterations: int
+    model: SignalModel,
+    noise: Noise,
+    data: Array,
+    begin: Array,
+    limits: Array,
+    max_iterations: int,
+    rival: _End | None = None,
 ) -> _Run:
+    """Iterate until no voxel improves, or until it has joined its rival, an earlier end."""
     run = _Run(begin)
-    low, high = (np.ascontiguousarray(side) for side in limits.T)
+    if rival is None:
+        rival = _End(run.theta, np.full(len(data), np.nan), run.status)
+    # As tuples, the bounds tell the compiler the number of parameters.
+    low, high = (tuple(side.tolist()) for side in limits.T)
     active = np.empty(0, dtype=np.intp)
     waiting = 0  # the first voxel that has not begun
     while True:
@@ -272,7 +328,7 @@ def _descend(
         terms = noise.at(active).quadratic_terms(data[active], clean)
         _advance(
             active, *terms, jacobian, low, high, max_iterations,
-            run.trial, run.theta, run.value, run.gradient, run.hessian,
+            rival.theta, rival.value, run.trial, run.theta, run.value, run.gradient, run.hessian,
             run.predicted, run.damping, run.growth, run.iterations, run.status,
         )  # fmt: skip
         active = active[run.status[active] == _RUNNING]
@@ -281,10 +337,11 @@ def _descend(
 @njit(cache=True, parallel=True, error_model="numpy")
 def _advance(
     active, value_terms, gradient_terms, curvature_terms, jacobian, low, high, max_iterations,
-    trial, theta, value, gradient, hessian, predicted, damping, growth, iterations, status,
+    rival_theta, rival_value, trial, theta, value, gradient, hessian,
+    predicted, damping, growth, iterations, status,
 ):  # fmt: skip
     """Judge the trial point of each active voxel and propose the next one."""
-    measurements, parameters = jacobian.shape[1:]
+    measurements, parameters = jacobian.shape[1], len(low)
     rows = 64  # voxels that share one scratch space
     for block in prange((active.shape[0] + rows - 1) // rows):
         matrix = np.empty((parameters, parameters))
@@ -310,9 +367,14 @@ def _advance(
                 for p in range(parameters):
                     theta[v, p] = trial[v, p]
                 if not _expand(
-                    a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian
+                    a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian, low
                 ):
                     status[v] = _STUCK
+                    continue
+                if abs(total - rival_value[v]) < _SAME and _same_place(
+                    v, theta, rival_theta, hessian, low
+                ):
+                    status[v] = _JOINED
                     continue
             else:
                 damping[v] *= growth[v]
@@ -326,7 +388,7 @@ def _advance(
                 _bounded_step(
                     v, theta, gradient, hessian, damping[v], low, high, matrix, free, step
                 )
-                predicted[v] = _predicted_decrease(v, gradient, hessian, step)
+                predicted[v] = _predicted_decrease(v, gradient, hessian, step, low)
                 if predicted[v] >= _TOLERANCE or damping[v] > 1e3:
                     break
                 if _slope_gain(v, theta, gradient, hessian, low, high) < _TOLERANCE:
@@ -358,33 +420,46 @@ def _judge(total, value, predicted, measurements):
 # the arithmetic on it.
 
 
-@njit(cache=True, error_model="numpy")
-def _expand(a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian):
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _expand(a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian, low):
     """Gradient J'g and curvature J'WJ of one voxel; whether both are finite."""
-    parameters = jacobian.shape[2]
+    n = len(low)
+    for p in range(n):
+        gradient[v, p] = 0.0
+        for q in range(n):
+            hessian[v, p, q] = 0.0
+    for m in range(jacobian.shape[1]):
+        g, w = gradient_terms[a, m], curvature_terms[a, m]
+        for p in range(n):
+            gradient[v, p] += g * jacobian[a, m, p]
+            weighted = w * jacobian[a, m, p]
+            for q in range(n):  # both triangles: short loops are faster without a branch
+                hessian[v, p, q] += weighted * jacobian[a, m, q]
     total = 0.0
-    for p in range(parameters):
-        slope = 0.0
-        for m in range(jacobian.shape[1]):
-            slope += gradient_terms[a, m] * jacobian[a, m, p]
-        gradient[v, p] = slope
-        total += slope
-        for q in range(p + 1):
-            bend = 0.0
-            for m in range(jacobian.shape[1]):
-                bend += curvature_terms[a, m] * jacobian[a, m, p] * jacobian[a, m, q]
-            hessian[v, p, q] = bend
-            hessian[v, q, p] = bend
-            total += bend
+    for p in range(n):
+        total += gradient[v, p]
+        for q in range(n):
+            total += hessian[v, p, q]
     return np.isfinite(total)
 
 
 @njit(cache=True, error_model="numpy")
-def _predicted_decrease(v, gradient, hessian, step):
+def _same_place(v, theta, rival_theta, hessian, low):
+    """Whether two points lie closer than the noise could ever tell apart."""
+    distance = 0.0
+    for p in range(len(low)):
+        for q in range(len(low)):
+            d = (theta[v, p] - rival_theta[v, p]) * (theta[v, q] - rival_theta[v, q])
+            distance += hessian[v, p, q] * d
+    return distance < _SAME
+
+
+@njit(cache=True, error_model="numpy")
+def _predicted_decrease(v, gradient, hessian, step, low):
     decrease = 0.0
-    for p in range(step.shape[0]):
+    for p in range(len(low)):
         bend = 0.0
-        for q in range(step.shape[0]):
+        for q in range(len(low)):
             bend += hessian[v, p, q] * step[q]
         decrease -= step[p] * (gradient[v, p] + 0.5 * bend)
     return decrease
@@ -394,7 +469,7 @@ def _predicted_decrease(v, gradient, hessian, step):
 def _slope_gain(v, theta, gradient, hessian, low, high):
     """Largest decrease that moving one parameter alone, within its bounds, can promise."""
     largest = 0.0
-    for p in range(theta.shape[1]):
+    for p in range(len(low)):
         room = (theta[v, p] - low[p]) if gradient[v, p] > 0 else (high[p] - theta[v, p])
         slope, bend = abs(gradient[v, p]), hessian[v, p, p]
         length = slope / bend if bend * room > slope else room
@@ -409,7 +484,7 @@ def _bounded_step(v, theta, gradient, hessian, damping, low, high, matrix, free,
     Parameters that the step would carry over a bound are put on it, and the rest solved again:
     at most as many small linear systems as there are parameters.
     """
-    n = theta.shape[1]
+    n = len(low)
     largest = 0.0
     for p in range(n):
         span = high[p] - low[p]
@@ -439,7 +514,7 @@ def _bounded_step(v, theta, gradient, hessian, damping, low, high, matrix, free,
             floor = 1e-14 * largest / (span * span) + 1e-300
             matrix[p, p] = hessian[v, p, p] * (1.0 + damping) + floor
             step[p] = right
-        _solve(matrix, step)
+        _solve(matrix, step, low)
         for p in range(n):
             if not free[p]:
                 continue
@@ -456,12 +531,12 @@ def _bounded_step(v, theta, gradient, hessian, damping, low, high, matrix, free,
 
 
 @njit(cache=True, error_model="numpy")
-def _solve(matrix, right):
+def _solve(matrix, right, low):
     """Cholesky solution in place; only the lower triangle of `matrix` is read.
 
     The diagonal is stored as its inverse: divisions are what this costs.
     """
-    n = right.shape[0]
+    n = len(low)
     for i in range(n):
         for j in range(i):
             total = matrix[i, j]

@@ -190,6 +190,7 @@ class SignalModel(ABC):
         Returns
         -------
         (starts, voxels, parameters)
+            The likeliest first.
         """
         signals = np.asarray(signals, dtype=np.float64)
         bounds = self.bounds if bounds is None else bounds
@@ -203,20 +204,9 @@ class SignalModel(ABC):
         atoms = self.signal(dictionary)
         usable = np.isfinite(atoms).all(axis=1) & (np.abs(atoms).max(axis=1) > 0)
         dictionary, atoms = dictionary[usable], atoms[usable]
-        power = np.sum(atoms**2, axis=1)
         chosen = np.empty((_STARTS, len(signals)), dtype=np.intp)
         scale = np.ones((_STARTS, len(signals)))
-        for first in range(0, len(signals), _BLOCK):
-            block = slice(first, first + _BLOCK)
-            product = signals[block] @ atoms.T
-            if self.amplitude is None:
-                mismatch = power - 2 * product
-            else:
-                mismatch = -np.maximum(product, 0) ** 2 / power
-            best = np.argpartition(mismatch, range(_STARTS), axis=1)[:, :_STARTS]
-            chosen[:, block] = best.T
-            if self.amplitude is not None:
-                scale[:, block] = (np.take_along_axis(product, best, 1) / power[best]).T
+        _match(signals, np.ascontiguousarray(atoms.T), self.amplitude is not None, chosen, scale)
         starts = dictionary[chosen]
         if self.amplitude is not None:
             starts[:, :, self.names.index(self.amplitude)] = scale
@@ -234,9 +224,43 @@ class SignalModel(ABC):
 
 
 _RELATIVE_STEP = np.finfo(np.float64).eps ** (1 / 3)
-_DICTIONARY = 2000
+_DICTIONARY = 1000
 _STARTS = 3
-_BLOCK = 4096
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _match(signals, atoms, scaled, chosen, scale):
+    """The atoms (measurements, atoms) closest to each signal, up to a factor if `scaled`."""
+    measurements, count = atoms.shape
+    power = np.sum(atoms * atoms, axis=0)
+    rows = 64  # voxels that share one scratch space
+    for block in prange((signals.shape[0] + rows - 1) // rows):
+        product = np.empty(count)
+        gain = np.empty(chosen.shape[0])
+        for v in range(block * rows, min(signals.shape[0], (block + 1) * rows)):
+            product[:] = 0.0
+            for m in range(measurements):
+                for k in range(count):
+                    product[k] += signals[v, m] * atoms[m, k]
+            gain[:] = -np.inf
+            chosen[:, v] = 0
+            for k in range(count):
+                # How far the atom brings down the sum of squares, at its best factor if scaled.
+                g = 2.0 * product[k] - power[k]
+                if scaled:
+                    g = max(product[k], 0.0) ** 2 / power[k]
+                if g <= gain[-1]:
+                    continue
+                place = gain.shape[0] - 1
+                while place > 0 and g > gain[place - 1]:
+                    gain[place] = gain[place - 1]
+                    chosen[place, v] = chosen[place - 1, v]
+                    place -= 1
+                gain[place] = g
+                chosen[place, v] = k
+            if scaled:
+                for s in range(chosen.shape[0]):
+                    scale[s, v] = max(product[chosen[s, v]], 0.0) / power[chosen[s, v]]
 
 
 def check_bvalues(bvalues: ArrayLike) -> Array:
@@ -362,14 +386,15 @@ class IVIM(SignalModel):
         Returns
         -------
         (3, voxels, 4)
+            The likeliest first.
         """
         signals = np.ascontiguousarray(signals, dtype=np.float64)
         bounds = self.bounds if bounds is None else bounds
-        dslow = _grid(np.geomspace(0.2, 3.8, 24), bounds[2])
+        dslow = _grid(np.geomspace(0.2, 3.8, 16), bounds[2])
         dfast = _grid(np.geomspace(6.0, 200.0, 9), bounds[3])
         b = self.bvalues * UM2_PER_MS
-        slow = np.exp(-b * dslow[:, np.newaxis])
-        fast = np.exp(-b * dfast[:, np.newaxis, np.newaxis]) * slow
+        slow = np.exp(-b[:, np.newaxis] * dslow)
+        fast = np.exp(-b[:, np.newaxis] * dfast[:, np.newaxis, np.newaxis]) * slow
         starts = np.empty((3, len(signals), 4))
         _ivim_starts(signals, slow, fast, dslow, dfast, np.ascontiguousarray(bounds), starts)
         return starts
@@ -406,49 +431,62 @@ def _ivim_signal_and_jacobian(theta, b, signal, jacobian):
 
 @njit(cache=True, parallel=True, error_model="numpy")
 def _ivim_starts(signals, slow, fast, dslow, dfast, bounds, starts):
-    n_fast, n_slow, measurements = fast.shape
+    """`slow` is (measurements, Dslow), `fast` (Dfast, measurements, Dslow)."""
+    n_fast, measurements, n_slow = fast.shape
     third = (n_fast + 2) // 3
     # Gram matrices of the two columns do not depend on the data.
-    g11 = np.zeros((n_fast, n_slow))
-    g12 = np.zeros((n_fast, n_slow))
-    g22 = np.zeros(n_slow)
-    for s in range(n_slow):
-        for m in range(measurements):
-            g22[s] += slow[s, m] ** 2
-        for q in range(n_fast):
+    g22 = np.sum(slow * slow, axis=0)
+    g11 = np.empty((n_fast, n_slow))
+    g12 = np.empty((n_fast, n_slow))
+    for q in range(n_fast):
+        g11[q] = np.sum(fast[q] * fast[q], axis=0)
+        g12[q] = np.sum(fast[q] * slow, axis=0)
+    rows = 64  # voxels that share one scratch space
+    for block in prange((signals.shape[0] + rows - 1) // rows):
+        y1 = np.empty(n_slow)
+        y2 = np.empty(n_slow)
+        best = np.empty(3)
+        for v in range(block * rows, min(signals.shape[0], (block + 1) * rows)):
+            y2[:] = 0.0
             for m in range(measurements):
-                g11[q, s] += fast[q, s, m] ** 2
-                g12[q, s] += fast[q, s, m] * slow[s, m]
-    for v in prange(signals.shape[0]):
-        for group in range(3):
-            best = -1.0
-            for q in range(group * third, min((group + 1) * third, n_fast)):
                 for s in range(n_slow):
-                    y1 = 0.0
-                    y2 = 0.0
+                    y2[s] += signals[v, m] * slow[m, s]
+            for group in range(3):
+                best[group] = -1.0
+                for q in range(group * third, min((group + 1) * third, n_fast)):
+                    y1[:] = 0.0
                     for m in range(measurements):
-                        y1 += signals[v, m] * fast[q, s, m]
-                        y2 += signals[v, m] * slow[s, m]
-                    determinant = g11[q, s] * g22[s] - g12[q, s] ** 2
-                    a1 = (y1 * g22[s] - y2 * g12[q, s]) / determinant
-                    a2 = (y2 * g11[q, s] - y1 * g12[q, s]) / determinant
-                    total = a1 + a2
-                    f = a1 / total if total > 0.0 else 0.0
-                    f = min(max(f, bounds[1, 0]), bounds[1, 1])
-                    # With f held within its bounds one amplitude is left.
-                    y = f * y1 + (1.0 - f) * y2
-                    g = (
-                        f * f * g11[q, s]
-                        + 2.0 * f * (1.0 - f) * g12[q, s]
-                        + (1.0 - f) ** 2 * g22[s]
-                    )
-                    explained = y * y / g if y > 0.0 else 0.0
-                    if explained > best:
-                        best = explained
-                        starts[group, v, 0] = min(max(y / g, bounds[0, 0]), bounds[0, 1])
-                        starts[group, v, 1] = f
-                        starts[group, v, 2] = dslow[s]
-                        starts[group, v, 3] = dfast[q]
+                        for s in range(n_slow):
+                            y1[s] += signals[v, m] * fast[q, m, s]
+                    for s in range(n_slow):
+                        # Least-squares amplitudes a1 of the fast and a2 of the slow column,
+                        # both times the determinant, which is positive.
+                        a1 = y1[s] * g22[s] - y2[s] * g12[q, s]
+                        a2 = y2[s] * g11[q, s] - y1[s] * g12[q, s]
+                        f = a1 / (a1 + a2) if a1 + a2 > 0.0 else 0.0
+                        f = min(max(f, bounds[1, 0]), bounds[1, 1])
+                        # With f held within its bounds one amplitude is left.
+                        y = f * y1[s] + (1.0 - f) * y2[s]
+                        g = (
+                            f * f * g11[q, s]
+                            + 2.0 * f * (1.0 - f) * g12[q, s]
+                            + (1.0 - f) * (1.0 - f) * g22[s]
+                        )
+                        explained = y * abs(y) / g
+                        if explained > best[group] or best[group] < 0.0:
+                            best[group] = max(explained, 0.0)
+                            starts[group, v, 0] = min(max(y / g, bounds[0, 0]), bounds[0, 1])
+                            starts[group, v, 1] = f
+                            starts[group, v, 2] = dslow[s]
+                            starts[group, v, 3] = dfast[q]
+            for i in range(1, 3):  # likeliest first
+                for k in range(i, 0, -1):
+                    if best[k] > best[k - 1]:
+                        best[k], best[k - 1] = best[k - 1], best[k]
+                        for p in range(4):
+                            swap = starts[k, v, p]
+                            starts[k, v, p] = starts[k - 1, v, p]
+                            starts[k - 1, v, p] = swap
 
 
 class FunctionModel(SignalModel):

@@ -62,9 +62,7 @@ class Noise(ABC):
     def __init__(self, sigma: ArrayLike):
         values = np.asarray(sigma, dtype=np.float64)
         if values.size == 0 or not np.all(np.isfinite(values) & (values > 0)):
-            raise ValueError(
-                f"sigma must hold positive, finite standard deviations, got {sigma!r}"
-            )
+            raise ValueError(f"sigma must hold positive, finite standard deviations, got {sigma!r}")
         if values.ndim > 2:
             raise ValueError(
                 "sigma must broadcast to (voxels, measurements), "
@@ -403,10 +401,9 @@ def _information_by_quadrature(snr: Array) -> Array:
 
 
 def _information(snr: Array) -> Array:
-    t = _INFORMATION_SCALE / (_INFORMATION_SCALE + snr**2)
-    # 1 - t = a^2 / (scale + a^2), so that a -> infinity gives 1 and never inf / inf.
-    shape = (1 - t) * _INFORMATION_SCALE / t / (1 + _INFORMATION_SCALE * (1 - t) / t)
-    shape = np.where(t > 1e-300, shape, 1.0)
+    with np.errstate(over="ignore", divide="ignore"):  # snr^2 and 1 / snr^2 may reach infinity
+        t = _INFORMATION_SCALE / (_INFORMATION_SCALE + snr**2)
+        shape = np.where(snr < 1, snr**2 / (1 + snr**2), 1 / (1 + snr**-2.0))
     return chebyshev.chebval(2 * t - 1, _information_coefficients()) * shape
 
 
