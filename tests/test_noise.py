@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -134,7 +136,7 @@ class TestRicianInformation:
         points = [max(0.0, snr - 14), snr, snr + 14]
         exact = sum(
             integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=200)[0]
-            for a, b in zip(points[:-1], points[1:], strict=True)
+            for a, b in pairwise(points)
         )
         information = Rician(1.0).fisher_information(np.array([[snr]]))[0, 0]
         assert information == pytest.approx(exact, rel=1e-8)

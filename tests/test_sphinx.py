@@ -11,9 +11,10 @@ import altair as alt
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from pybtex.database import parse_string
 from sphinx.testing.util import SphinxTestApp
 
-from qmri._sphinx import MIME_TYPE, SCRIPT, chart_node
+from qmri._sphinx import MIME_TYPE, SCRIPT, SurnameFirst, chart_node
 
 SPEC = {
     "$schema": "https://vega.github.io/schema/vega-lite/v5.20.1.json",
@@ -152,3 +153,15 @@ def test_installed_altair_writes_what_the_book_and_jupyterlab_draw() -> None:
     with alt.renderers.enable("mimetype"):
         (bundle, _) = chart._repr_mimebundle_()
     assert set(bundle) == {MIME_TYPE, "text/plain"}
+
+
+def test_references_are_found_by_surname() -> None:
+    """The text cites (Le Bihan, 1988), so the list is sorted by and begins with that name."""
+    library = parse_string(
+        "@misc{a, author = {Zhang, Xiaoxia and Liu, Kangning}, title = {Maps}, year = 2022}"
+        "@misc{b, author = {Le Bihan, Denis}, title = {Images}, year = 1988}",
+        "bibtex",
+    )
+    references = SurnameFirst().format_entries(library.entries.values())
+    printed = [reference.text.render_as("text") for reference in references]
+    assert printed == ["Le Bihan, D. Images. 1988.", "Zhang, X. and Liu, K. Maps. 2022."]

@@ -1,9 +1,12 @@
-"""Sphinx extension of the book: interactive Vega-Lite charts that need no network.
+"""Sphinx extension of the book: charts that need no network, references by surname.
 
 A notebook stores an Altair chart as data (``application/vnd.vegalite.v5+json``), which
 JupyterLab draws by itself. This module draws the same chart in the built page: the chart's
 JSON goes into the page, and one script, bundled at build time from the ``vl-convert-python``
 package, is loaded by those pages alone that hold a chart.
+
+The text cites author and year, so `SurnameFirst` prints the bibliography as readers look for
+it there: by surname.
 
 myst-nb finds `VegaLiteRenderer` through the entry point ``myst_nb.mime_renderers``; Sphinx
 calls `setup` because ``_config.yml`` lists ``qmri._sphinx``.
@@ -18,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from docutils import nodes
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.plain import Style as PlainStyle
 
 if TYPE_CHECKING:
     from myst_nb.core.render import MimeData, NbElementRenderer
@@ -103,6 +108,13 @@ class VegaLiteRenderer:
         return [chart_node(data.content, alt)]
 
 
+class SurnameFirst(PlainStyle):
+    """References in the order of authors, year and title, written as "Le Bihan, D., ..."."""
+
+    def __init__(self) -> None:
+        super().__init__(name_style="lastfirst", abbreviate_names=True)
+
+
 def visit_html(translator: HTML5Translator, node: VegaChart) -> None:
     """Write the chart's JSON into the page, where `DRAW_CHARTS` finds it."""
     style = f' style="max-width: {node["width"]}px"' if node["width"] else ""
@@ -133,7 +145,8 @@ def add_script(
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the chart node and its script with Sphinx."""
+    """Register the chart node and its script with Sphinx, and the style of the references."""
+    register_plugin("pybtex.style.formatting", "surname_first", SurnameFirst)
     app.add_node(VegaChart, html=(visit_html, None))
     app.connect("html-page-context", add_script)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

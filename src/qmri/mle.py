@@ -45,7 +45,9 @@ class Fit:
     theta : (voxels, parameters)
         Estimates in the model's units; NaN in a voxel that could not be fitted.
     nll : (voxels,)
-        Negative log-likelihood at `theta`, in nats; NaN in a voxel that could not be fitted.
+        Negative log-likelihood at `theta`, in nats; NaN in a voxel that could not be fitted,
+        ``inf`` in one that holds a Rician magnitude of exactly 0, whose density is 0 whatever
+        the tissue (its estimates are sound: they rest on the ratio of likelihoods).
     bound_hit : (voxels, parameters)
         -1 where a parameter ended on its lower bound, +1 on its upper bound, else 0 (also where
         both bounds are equal: that parameter is fixed, not caught).
