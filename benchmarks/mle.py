@@ -8,9 +8,14 @@ DIPY's IVIM fit, which is a least-squares method of its own with its own starts.
 
 from __future__ import annotations
 
+import os
+
+# One BLAS thread: more only get into the way of SciPy's loop over tiny arrays, and the
+# comparison shall be with the loop at its best.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import importlib.util
 import math
-import os
 import time
 from collections.abc import Callable
 

@@ -592,19 +592,22 @@ class FunctionModel(SignalModel):
 
 
 def _compile(function: Callable[..., float], n_parameters: int) -> tuple[Callable, Callable]:
-    """Loops over voxels and measurements around one compiled scalar function."""
+    """Loops over voxels and measurements around one compiled scalar function.
+
+    On one core: compiling for several would take a reader longer than it saves.
+    """
     scalar = function if hasattr(function, "py_func") else njit(error_model="numpy")(function)
 
-    @njit(parallel=True, error_model="numpy")
+    @njit(error_model="numpy")
     def signal_loop(theta, acquisition, signal):
-        for v in prange(theta.shape[0]):
+        for v in range(theta.shape[0]):
             parameters = to_fixed_tuple(theta[v], n_parameters)
             for m in range(acquisition.shape[0]):
                 signal[v, m] = scalar(acquisition[m], *parameters)
 
-    @njit(parallel=True, error_model="numpy")
+    @njit(error_model="numpy")
     def jacobian_loop(theta, acquisition, widths, signal, jacobian):
-        for v in prange(theta.shape[0]):
+        for v in range(theta.shape[0]):
             parameters = to_fixed_tuple(theta[v], n_parameters)
             for m in range(acquisition.shape[0]):
                 signal[v, m] = scalar(acquisition[m], *parameters)
