@@ -23,7 +23,7 @@ from qmri.noise import Noise
 __all__ = ["Fit", "MaximumLikelihood", "fit_mle"]
 
 _CHUNK = 131_072  # voxels whose state is held at once
-_WINDOW = 4096  # voxels at work at once: large enough for all cores, small enough for caches
+_WINDOW = 2048  # voxels at work at once: large enough for all cores, small enough for caches
 
 _RUNNING, _CONVERGED, _STUCK, _JOINED = 0, 1, 2, 3
 
@@ -243,7 +243,7 @@ def _best_of(
     starts: list[Array],
     limits: Array,
     max_iterations: int,
-) -> _Run:
+) -> _Ends:
     """The likeliest end of several descents.
 
     Every voxel descends from the first two starts. Those that end in two places or do not
@@ -254,51 +254,76 @@ def _best_of(
     best = _descend(model, noise, data, starts[0], limits, max_iterations)
     unsettled = np.arange(len(data))
     for begin in starts[1:]:
-        run = _descend(
+        end = _descend(
             model, noise.at(unsettled), data[unsettled], begin[unsettled], limits,
             max_iterations, rival=best.at(unsettled),
         )  # fmt: skip
-        best.iterations[unsettled] += run.iterations
-        better = (run.value < best.value[unsettled]) & (run.status != _JOINED)
-        best.replace(unsettled[better], run.at(better))
+        best.iterations[unsettled] += end.iterations
+        better = (end.value < best.value[unsettled]) & (end.status != _JOINED)
+        for name in ("theta", "value", "status"):
+            getattr(best, name)[unsettled[better]] = getattr(end, name)[better]
         ends = best.theta[unsettled]
         on_bound = (low < high) & ((ends == low) | (ends == high))
         corner = np.sum(on_bound, axis=1) > 1
-        unsettled = unsettled[(run.status != _JOINED) | corner]
+        unsettled = unsettled[(end.status != _JOINED) | corner]
         if len(unsettled) == 0:
             break
     return best
 
 
-class _Run:
-    """State of the iteration in each voxel of a chunk."""
-
-    def __init__(self, begin: Array):
-        voxels, parameters = begin.shape
-        self.trial = np.array(begin)
-        self.theta = np.full((voxels, parameters), np.nan)
-        self.value = np.full(voxels, np.inf)
-        self.gradient = np.zeros((voxels, parameters))
-        self.hessian = np.zeros((voxels, parameters, parameters))
-        self.predicted = np.zeros(voxels)
-        self.damping = np.full(voxels, _FIRST_DAMPING)
-        self.growth = np.full(voxels, 2.0)
-        self.status = np.full(voxels, _RUNNING, dtype=np.int8)
-        self.iterations = np.zeros(voxels, dtype=np.int64)
-
-    def at(self, voxels: NDArray) -> _End:
-        return _End(self.theta[voxels], self.value[voxels], self.status[voxels])
-
-    def replace(self, voxels: NDArray, end: _End) -> None:
-        self.theta[voxels], self.value[voxels], self.status[voxels] = end
-
-
-class _End(NamedTuple):
-    """Where descents ended."""
+class _Ends(NamedTuple):
+    """Where the descents of many voxels ended."""
 
     theta: Array
     value: Array
     status: NDArray[np.int8]
+    iterations: NDArray[np.int64]
+
+    def at(self, voxels: NDArray) -> _Ends:
+        return _Ends(*(field[voxels] for field in self))
+
+
+class _Slots:
+    """State of the voxels at work. A voxel that is done gives its slot to the next one."""
+
+    def __init__(self, size: int, measurements: int, parameters: int):
+        self.voxel = np.zeros(size, dtype=np.intp)
+        self.measured = np.empty((size, measurements))
+        self.rival_theta = np.full((size, parameters), np.nan)
+        self.rival_value = np.full(size, np.nan)
+        self.trial = np.empty((size, parameters))
+        self.theta = np.empty((size, parameters))
+        self.value = np.empty(size)
+        self.gradient = np.empty((size, parameters))
+        self.hessian = np.empty((size, parameters, parameters))
+        self.predicted = np.empty(size)
+        self.damping = np.empty(size)
+        self.growth = np.empty(size)
+        self.iterations = np.empty(size, dtype=np.int64)
+        self.status = np.empty(size, dtype=np.int8)
+
+    def seat(
+        self, slots: NDArray, voxels: NDArray, data: Array, begin: Array, rival: _Ends | None
+    ) -> None:
+        """Begin the descent of `voxels` in `slots`."""
+        self.voxel[slots] = voxels
+        self.measured[slots] = data[voxels]
+        self.trial[slots] = begin[voxels]
+        if rival is not None:
+            self.rival_theta[slots] = rival.theta[voxels]
+            self.rival_value[slots] = rival.value[voxels]
+        self.theta[slots] = np.nan
+        self.value[slots] = np.inf
+        self.predicted[slots] = 0.0
+        self.damping[slots] = _FIRST_DAMPING
+        self.growth[slots] = 2.0
+        self.iterations[slots] = 0
+        self.status[slots] = _RUNNING
+
+    def keep(self, slots: NDArray) -> None:
+        """Close all other slots."""
+        for name, field in vars(self).items():
+            setattr(self, name, field[slots])
 
 
 def _descend(
@@ -308,53 +333,61 @@ def _descend(
     begin: Array,
     limits: Array,
     max_iterations: int,
-    rival: _End | None = None,
-) -> _Run:
+    rival: _Ends | None = None,
+) -> _Ends:
     """Iterate until no voxel improves, or until it has joined its rival, an earlier end."""
-    run = _Run(begin)
-    if rival is None:
-        rival = _End(run.theta, np.full(len(data), np.nan), run.status)
+    voxels, parameters = begin.shape
+    ends = _Ends(
+        np.full((voxels, parameters), np.nan),
+        np.full(voxels, np.inf),
+        np.full(voxels, _STUCK, dtype=np.int8),
+        np.zeros(voxels, dtype=np.int64),
+    )
     # As tuples, the bounds tell the compiler the number of parameters.
     low, high = (tuple(side.tolist()) for side in limits.T)
-    active = np.empty(0, dtype=np.intp)
-    waiting = 0  # the first voxel that has not begun
-    while True:
-        # Voxels that are done make room for others, so that a slow one holds nobody up.
-        if waiting < len(data) and len(active) <= _WINDOW // 2:
-            joining = np.arange(waiting, min(len(data), waiting + _WINDOW - len(active)))
-            active = np.concatenate([active, joining])
-            waiting += len(joining)
-        if len(active) == 0:
-            return run
-        clean, jacobian = model.signal_and_jacobian(run.trial[active])
-        terms = noise.at(active).quadratic_terms(data[active], clean)
+    waiting = min(voxels, _WINDOW)  # the first voxel that has no slot yet
+    slots = _Slots(waiting, data.shape[1], parameters)
+    slots.seat(np.arange(waiting), np.arange(waiting), data, begin, rival)
+    while len(slots.voxel):
+        clean, jacobian = model.signal_and_jacobian(slots.trial)
+        terms = noise.at(slots.voxel).quadratic_terms(slots.measured, clean)
         _advance(
-            active, *terms, jacobian, low, high, max_iterations,
-            rival.theta, rival.value, run.trial, run.theta, run.value, run.gradient, run.hessian,
-            run.predicted, run.damping, run.growth, run.iterations, run.status,
+            *terms, jacobian, low, high, max_iterations,
+            slots.rival_theta, slots.rival_value, slots.trial, slots.theta, slots.value,
+            slots.gradient, slots.hessian, slots.predicted, slots.damping, slots.growth,
+            slots.iterations, slots.status,
         )  # fmt: skip
-        active = active[run.status[active] == _RUNNING]
+        done = np.flatnonzero(slots.status != _RUNNING)
+        if len(done) == 0:
+            continue
+        for name in ends._fields:
+            getattr(ends, name)[slots.voxel[done]] = getattr(slots, name)[done]
+        joining = np.arange(waiting, min(voxels, waiting + len(done)))
+        waiting += len(joining)
+        slots.seat(done[: len(joining)], joining, data, begin, rival)
+        if len(joining) < len(done):
+            slots.keep(np.flatnonzero(slots.status == _RUNNING))
+    return ends
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
 def _advance(
-    active, value_terms, gradient_terms, curvature_terms, jacobian, low, high, max_iterations,
+    value_terms, gradient_terms, curvature_terms, jacobian, low, high, max_iterations,
     rival_theta, rival_value, trial, theta, value, gradient, hessian,
     predicted, damping, growth, iterations, status,
 ):  # fmt: skip
-    """Judge the trial point of each active voxel and propose the next one."""
+    """Judge the trial point of each voxel at work and propose the next one."""
     measurements, parameters = jacobian.shape[1], len(low)
     rows = 64  # voxels that share one scratch space
-    for block in prange((active.shape[0] + rows - 1) // rows):
+    for block in prange((value.shape[0] + rows - 1) // rows):
         matrix = np.empty((parameters, parameters))
         step = np.empty(parameters)
         free = np.empty(parameters, dtype=np.bool_)
-        for a in range(block * rows, min(active.shape[0], (block + 1) * rows)):
-            v = active[a]
+        for v in range(block * rows, min(value.shape[0], (block + 1) * rows)):
             iterations[v] += 1
             total = 0.0
             for m in range(measurements):
-                total += value_terms[a, m]
+                total += value_terms[v, m]
             verdict = _judge(total, value[v], predicted[v], measurements)
             if verdict != _RUNNING:
                 status[v] = verdict
@@ -369,7 +402,7 @@ def _advance(
                 for p in range(parameters):
                     theta[v, p] = trial[v, p]
                 if not _expand(
-                    a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian, low
+                    v, gradient_terms, curvature_terms, jacobian, gradient, hessian, low
                 ):
                     status[v] = _STUCK
                     continue
@@ -423,7 +456,7 @@ def _judge(total, value, predicted, measurements):
 
 
 @njit(cache=True, error_model="numpy", fastmath={"contract"})
-def _expand(a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian, low):
+def _expand(v, gradient_terms, curvature_terms, jacobian, gradient, hessian, low):
     """Gradient J'g and curvature J'WJ of one voxel; whether both are finite."""
     n = len(low)
     for p in range(n):
@@ -431,12 +464,12 @@ def _expand(a, gradient_terms, curvature_terms, jacobian, v, gradient, hessian, 
         for q in range(n):
             hessian[v, p, q] = 0.0
     for m in range(jacobian.shape[1]):
-        g, w = gradient_terms[a, m], curvature_terms[a, m]
+        g, w = gradient_terms[v, m], curvature_terms[v, m]
         for p in range(n):
-            gradient[v, p] += g * jacobian[a, m, p]
-            weighted = w * jacobian[a, m, p]
+            gradient[v, p] += g * jacobian[v, m, p]
+            weighted = w * jacobian[v, m, p]
             for q in range(n):  # both triangles: short loops are faster without a branch
-                hessian[v, p, q] += weighted * jacobian[a, m, q]
+                hessian[v, p, q] += weighted * jacobian[v, m, q]
     total = 0.0
     for p in range(n):
         total += gradient[v, p]

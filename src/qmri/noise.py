@@ -411,9 +411,9 @@ def _information(snr: Array) -> Array:
 
 # log I0(z) - z = log(t) / 2 + polynomial(t) and I1(z) / I0(z) = z / (z + polynomial(t)) with
 # t = scale / (scale + z): both limits, z -> 0 and z -> infinity, are exact, and one pair of
-# polynomials serves every z >= 0 with an error below 1e-11.
+# polynomials serves every z >= 0 with an error below 1e-9.
 _BESSEL_SCALE = 5.0
-_BESSEL_DEGREE = 30
+_BESSEL_DEGREE = 26
 
 
 @lru_cache(maxsize=1)
