@@ -88,9 +88,8 @@ def simulate(model: IVIM, snr: float) -> tuple[np.ndarray, np.ndarray]:
 def main() -> None:
     model = IVIM(BVALUES)
     mine = FunctionModel(ivim_signal, BVALUES, model.parameters, amplitude="S0")
-    print(
-        f"IVIM, {len(BVALUES)} b-values, {os.cpu_count()} cores, voxels per second (fastest of {ROUNDS} rounds)"
-    )
+    print(f"IVIM, {len(BVALUES)} b-values, {os.cpu_count()} cores")
+    print(f"voxels per second, fastest of {ROUNDS} rounds")
     print(
         f"{'noise':<10}{'SNR':>4}{'SciPy loop':>12}{'fit_mle':>12}{'ratio':>8}{'worse':>7}", end=""
     )
