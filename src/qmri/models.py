@@ -441,6 +441,10 @@ def _ivim_starts(signals, slow, fast, dslow, dfast, bounds, starts):
     for q in range(n_fast):
         g11[q] = np.sum(fast[q] * fast[q], axis=0)
         g12[q] = np.sum(fast[q] * slow, axis=0)
+    # A little inside its bounds: without perfusion the curve would not depend on Dfast, and a
+    # descent that began there would not know where to turn.
+    margin = 0.02 * (bounds[1, 1] - bounds[1, 0])
+    f_low, f_high = bounds[1, 0] + margin, bounds[1, 1] - margin
     rows = 64  # voxels that share one scratch space
     for block in prange((signals.shape[0] + rows - 1) // rows):
         y1 = np.empty(n_slow)
@@ -464,7 +468,7 @@ def _ivim_starts(signals, slow, fast, dslow, dfast, bounds, starts):
                         a1 = y1[s] * g22[s] - y2[s] * g12[q, s]
                         a2 = y2[s] * g11[q, s] - y1[s] * g12[q, s]
                         f = a1 / (a1 + a2) if a1 + a2 > 0.0 else 0.0
-                        f = min(max(f, bounds[1, 0]), bounds[1, 1])
+                        f = min(max(f, f_low), f_high)
                         # With f held within its bounds one amplitude is left.
                         y = f * y1[s] + (1.0 - f) * y2[s]
                         g = (
