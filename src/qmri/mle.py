@@ -91,8 +91,8 @@ def fit_mle(
         Measured signals, real.
     start : (voxels, parameters) or (parameters,), optional
         Where the iteration begins, within the bounds. The model proposes further starts for each
-        voxel from the data; wherever two descents end in different places more are made, and the
-        likeliest end wins. Without `start` they all begin from the data.
+        voxel from the data; where two descents end in different places or on a bound more are
+        made, and the likeliest end wins. Without `start` they all begin from the data.
     bounds : mapping of parameter name to (low, high), optional
         Replaces the model's bounds for the parameters named; ``low == high`` fixes one.
     max_iterations : int
@@ -247,8 +247,8 @@ def _best_of(
     """The likeliest end of several descents.
 
     Every voxel descends from the first two starts. Those that end in two places or do not
-    converge, whose likelihood thus has several valleys or a flat one, and those that end in a
-    corner of the box, where minima hide behind each other, descend from the other starts too.
+    converge, whose likelihood thus has several valleys or a flat one, and those that end on a
+    bound, where a valley may be cut off from a deeper one, descend from the other starts too.
     """
     low, high = limits.T
     best = _descend(model, noise, data, starts[0], limits, max_iterations)
@@ -264,8 +264,7 @@ def _best_of(
             getattr(best, name)[unsettled[better]] = getattr(end, name)[better]
         ends = best.theta[unsettled]
         on_bound = (low < high) & ((ends == low) | (ends == high))
-        corner = np.sum(on_bound, axis=1) > 1
-        unsettled = unsettled[(end.status != _JOINED) | corner]
+        unsettled = unsettled[(end.status != _JOINED) | on_bound.any(axis=1)]
         if len(unsettled) == 0:
             break
     return best
