@@ -2,6 +2,7 @@
 
 PYTHON   ?= python3
 PIP_ARGS ?=
+SCALE    ?= quick
 CHAPTERS ?= $(sort $(wildcard book/*.ipynb))
 
 VENV := .venv
@@ -13,7 +14,7 @@ SOURCES   := _config.yml _toc.yml src/qmri/_sphinx.py \
              $(shell find book -name '.*' -prune -o -type f -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test notebooks bench lint clean
+.PHONY: help install book test notebooks study bench lint clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +51,9 @@ test: $(HTML) ## test the library, the built pages and every notebook
 
 notebooks: $(INSTALLED) ## execute the notebooks and store their outputs (CHAPTERS=book/... for one)
 	$(BIN)/python book/_tools/execute.py $(CHAPTERS)
+
+study: $(INSTALLED) ## run the study of training labels (SCALE=quick or paper); resumes
+	$(BIN)/qmri study training-labels --scale $(SCALE)
 
 bench: $(INSTALLED) ## time the library against SciPy
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done

@@ -11,6 +11,7 @@ from qmri.crb import cramer_rao_bound, fisher_information
 from qmri.mle import Fit, MaximumLikelihood, fit_mle
 from qmri.models import IVIM, FunctionModel, Parameter, SignalModel
 from qmri.noise import Gaussian, Noise, Rician
+from qmri.pretrained import estimators, load_estimator
 from qmri.sources import fetch
 
 __version__ = "0.1.0"
@@ -26,7 +27,9 @@ __all__ = [
     "Rician",
     "SignalModel",
     "cramer_rao_bound",
+    "estimators",
     "fetch",
     "fisher_information",
     "fit_mle",
+    "load_estimator",
 ]

@@ -6,7 +6,7 @@ with any colour vision tell apart, line styles that tell them apart in print.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 
+from qmri.evaluation import GridStatistics, marginal, mean_map
 from qmri.models import Parameter
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "line_style",
     "outline",
     "show_maps",
+    "show_marginals",
+    "show_mean_maps",
     "unit_label",
     "use_style",
 ]
@@ -37,6 +40,48 @@ _LINES = {
     "mle-rician": {"color": "black", "linestyle": "-", "label": "MLE, Rician"},
     "mle-gaussian": {"color": "#CC3311", "linestyle": "-.", "label": "MLE, Gaussian"},
     "segmented": {"color": "#0077BB", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "label": "segmented"},
+    "supervised-gt": {"color": "#EE7733", "linestyle": (0, (6, 2)), "label": "SupervisedGT"},
+    "self-supervised": {"color": "#009988", "linestyle": ":", "label": "Self-supervised"},
+    "supervised-mle-rician": {
+        "color": "#EE3377",
+        "linestyle": "-",
+        "label": "SupervisedMLE, Rician",
+    },
+    "supervised-mle-gaussian": {
+        "color": "#882255",
+        "linestyle": (0, (4, 1, 1, 1)),
+        "label": "SupervisedMLE, Gaussian",
+    },
+    "hybrid-0.5": {
+        "color": "#33BBEE",
+        "linestyle": (0, (8, 1, 2, 1)),
+        "label": r"Hybrid, $\alpha = 0.5$",
+    },
+    "supervised-mle-rician-f": {
+        "color": "#0077BB",
+        "linestyle": (0, (3, 2)),
+        "label": "SupervisedMLE, all on $f$",
+    },
+    "supervised-mle-rician-dslow": {
+        "color": "#999933",
+        "linestyle": (0, (3, 1, 1, 1, 1, 1)),
+        "label": r"SupervisedMLE, all on $D_\mathrm{slow}$",
+    },
+    "supervised-mle-rician-dfast": {
+        "color": "#332288",
+        "linestyle": (0, (1, 1)),
+        "label": r"SupervisedMLE, all on $D_\mathrm{fast}$",
+    },
+    "supervised-gt-mae": {
+        "color": "#CCBB44",
+        "linestyle": (0, (6, 2, 1, 2)),
+        "label": "SupervisedGT, MAE",
+    },
+    "supervised-mle-rician-mae": {
+        "color": "#BB5566",
+        "linestyle": (0, (2, 1)),
+        "label": "SupervisedMLE, Rician, MAE",
+    },
 }
 
 _UNITS = {
@@ -199,3 +244,108 @@ def outline(axes: Axes, mask: ArrayLike, color: str = "white", label: str | None
         xs += [*x, np.nan]
         ys += [*y, np.nan]
     axes.plot(xs, ys, color=color, linewidth=1.0, label=label)
+
+
+METRICS = {"bias": "bias", "sd": "SD", "rmse": "RMSE"}
+
+
+def show_marginals(
+    statistics: Mapping[str, GridStatistics],
+    parameters: Sequence[str] = ("f", "Dslow", "Dfast"),
+    metrics: Sequence[str] = ("bias", "sd", "rmse"),
+    spread: Sequence[str] = (),
+) -> Figure:
+    """Bias, SD and RMSE of some estimators against the true value of each parameter.
+
+    Parameters
+    ----------
+    statistics : mapping of estimator name to GridStatistics
+        Names as for :func:`line_style`.
+    parameters : sequence of str
+        One column of panels each.
+    metrics : sequence of {"bias", "sd", "rmse"}
+        One row of panels each.
+    spread : sequence of str
+        Estimators with a band for the 10th to 90th percentile over the other parameters.
+
+    Returns
+    -------
+    matplotlib Figure
+    """
+    unknown = [m for m in metrics if m not in METRICS] + [s for s in spread if s not in statistics]
+    if unknown or not statistics:
+        raise ValueError(
+            f"metrics must be among {list(METRICS)} and spread among {list(statistics)}, "
+            f"got {unknown or 'no statistics'}"
+        )
+    figure, axes = plt.subplots(
+        len(metrics), len(parameters), sharex="col", squeeze=False,
+        figsize=(3.1 * len(parameters) + 0.4, 1.9 * len(metrics) + 1.0),
+    )  # fmt: skip
+    for name, found in statistics.items():
+        style = line_style(name)
+        for row, metric in zip(axes, metrics, strict=True):
+            for panel, parameter in zip(row, parameters, strict=True):
+                curve = marginal(found.grid, getattr(found, metric), parameter)
+                panel.plot(curve.levels, curve.mean, **style)
+                if name in spread:
+                    panel.fill_between(
+                        curve.levels, curve.low, curve.high, color=style["color"], alpha=0.15, lw=0
+                    )
+    model = next(iter(statistics.values())).grid.model
+    described = {p.name: p for p in model.parameters}
+    for panel, parameter in zip(axes[-1], parameters, strict=True):
+        panel.set_xlabel(f"true {axis_label(described[parameter])}")
+    for row, metric in zip(axes, metrics, strict=True):
+        for panel, parameter in zip(row, parameters, strict=True):
+            panel.set_ylabel(f"{METRICS[metric]} of {axis_label(described[parameter])}")
+            if metric == "bias":
+                panel.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+            else:
+                panel.set_ylim(bottom=0)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
+    return figure
+
+
+def show_mean_maps(
+    statistics: Mapping[str, GridStatistics], x: str, y: str, columns: int = 3
+) -> Figure:
+    """Where estimators move the tissue: arrows from the truth to the mean estimate.
+
+    Parameters
+    ----------
+    statistics : mapping of estimator name to GridStatistics
+        One panel each.
+    x, y : str
+        Parameters of the plane; averages over the others are shown.
+    columns : int
+        Panels in a row.
+
+    Returns
+    -------
+    matplotlib Figure
+    """
+    rows = -(-len(statistics) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, sharex=True, sharey=True, squeeze=False,
+        figsize=(3.0 * columns + 0.6, 2.8 * rows + 0.4),
+    )  # fmt: skip
+    for panel, (name, found) in zip(axes.flat, statistics.items(), strict=False):
+        style = line_style(name)
+        truth, mean = mean_map(found, x, y)
+        start, move = truth.reshape(-1, 2), (mean - truth).reshape(-1, 2)
+        panel.plot(*start.T, ".", color="0.75", markersize=3)
+        panel.quiver(
+            *start.T, *move.T, angles="xy", scale_units="xy", scale=1, color=style["color"],
+            width=0.006,
+        )  # fmt: skip
+        panel.set_title(style["label"], fontsize=10)
+    described = {p.name: p for p in next(iter(statistics.values())).grid.model.parameters}
+    for panel in axes.flat[len(statistics) :]:
+        panel.set_visible(False)
+    for panel in axes[-1]:
+        panel.set_xlabel(axis_label(described[x]))
+    for panel in axes[:, 0]:
+        panel.set_ylabel(axis_label(described[y]))
+    return figure

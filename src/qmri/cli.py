@@ -1,0 +1,154 @@
+"""The command ``qmri``: run a study, fetch public data."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+import qmri
+from qmri.sources import SOURCES, CorruptFile, DataUnavailable, fetch, is_available
+
+__all__ = ["main"]
+
+# What a user can put right: these end in one line, everything else in a traceback.
+USER_ERRORS = (ValueError, OSError, DataUnavailable, CorruptFile)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        What follows ``qmri`` on the command line; read from there by default.
+
+    Returns
+    -------
+    int
+        Exit status: 0, 2 for an error that the user can put right (one line on
+        stderr says how), 130 after Ctrl-C.
+
+    Raises
+    ------
+    SystemExit
+        As argparse does: status 2 for an unknown command or option, 0 for
+        ``--help`` and ``--version``.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        with _progress_on_stderr():
+            options.run(options)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted: run the same command again to go on\n")
+        return 130
+    except USER_ERRORS as error:
+        sys.stderr.write(f"qmri: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qmri", description="Parameter estimation in quantitative MRI."
+    )
+    parser.add_argument("--version", action="version", version=f"qmri {qmri.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_study(commands)
+    _add_fetch(commands)
+    return parser
+
+
+def _add_study(commands: argparse._SubParsersAction) -> None:
+    study = commands.add_parser("study", help="run a paper's study and keep its results")
+    studies = study.add_subparsers(dest="study", required=True)
+    labels = studies.add_parser(
+        "training-labels",
+        help="what a network should learn: truth, maximum likelihood, or nothing",
+        description="Train, compare and score every network of the study. A run that was "
+        "interrupted goes on where it was when the same command is given again.",
+    )
+    labels.add_argument(
+        "--scale", choices=["quick", "paper"], required=True, help="how much to compute"
+    )
+    labels.add_argument(
+        "--protocol",
+        choices=["paper", "abdomen"],
+        default="paper",
+        help="b-values to train for: the paper's, or those of the public abdominal data",
+    )
+    labels.add_argument("--seed", type=_seed, default=0, help="where random numbers start (0)")
+    labels.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the results (that of the book)"
+    )
+    labels.add_argument(
+        "--fresh", action="store_true", help="start anew: forget what an earlier run finished"
+    )
+    labels.set_defaults(run=_run_training_labels)
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed, expected an integer from 0 up")
+    return int(text)
+
+
+def _run_training_labels(options: argparse.Namespace) -> None:
+    # Here, so that the other commands do not wait for PyTorch.
+    from qmri.studies import training_labels
+
+    training_labels.run(
+        scale=options.scale,
+        protocol=options.protocol,
+        seed=options.seed,
+        out=options.out,
+        fresh=options.fresh,
+    )
+
+
+def _add_fetch(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "fetch",
+        help="get public data",
+        description="Get files of public data and write where they are, one a line.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("names", nargs="*", metavar="NAME", default=[], help="as --list shows them")
+    what.add_argument("--list", action="store_true", help="show every file, and which are here")
+    parser.set_defaults(run=_run_fetch)
+
+
+def _run_fetch(options: argparse.Namespace) -> None:
+    if options.list:
+        width = max(map(len, SOURCES))
+        for name, source in SOURCES.items():
+            state = "here" if is_available(name) else "not here"
+            sys.stdout.write(f"{name:{width}}  {state:8}  {source.licence}\n")
+    for name in options.names:
+        sys.stdout.write(f"{fetch(name)}\n")
+
+
+@contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    """Show what the library logs, above a progress bar if there is one."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    logger, lines = logging.getLogger("qmri"), Lines()
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,626 @@
+"""The study of training labels: every network of the first paper, trained, tested and timed.
+
+``qmri study training-labels --scale quick|paper`` runs it; `Results` reads what it leaves.
+Epstein et al. {cite}`epstein2024labels`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from qmri import artefacts, pretrained
+from qmri.artefacts import Manifest, Stages, Study
+from qmri.datasets import Dataset, Labels, mle_labels, simulate
+from qmri.evaluation import Grid, GridAccumulator, GridStatistics, blocks
+from qmri.losses import recipe
+from qmri.mle import fit_mle
+from qmri.models import IVIM, Array
+from qmri.networks import NetworkEstimator, Networks, mlp_widths
+from qmri.noise import Gaussian, Noise, Rician
+from qmri.training import History, Task, train_in_parallel
+
+__all__ = ["PROTOCOLS", "SCALES", "Protocol", "Results", "Scale", "run"]
+
+logger = logging.getLogger(__name__)
+
+ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+RECIPES = (
+    "supervised-gt",
+    "self-supervised",
+    "supervised-mle-rician",
+    "supervised-mle-gaussian",
+    *(f"hybrid-{alpha:g}" for alpha in ALPHAS),
+    "supervised-mle-rician-f",
+    "supervised-mle-rician-dslow",
+    "supervised-mle-rician-dfast",
+    "supervised-gt-mae",
+    "supervised-mle-rician-mae",
+)
+NOISES = {"mle-rician": Rician, "mle-gaussian": Gaussian}
+SHAPES = {"standard": {}, "wide": {"width": 150}, "deep": {"hidden": 10}}
+SHAPE_RECIPES = ("supervised-gt", "supervised-mle-rician")
+POINTS = 10
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """An acquisition to train networks for: b-values in s/mm2, and SNRs (S0 / sigma)."""
+
+    bvalues: tuple[float, ...]
+    snrs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is computed.
+
+    Attributes
+    ----------
+    voxels : int
+        Synthetic signals at each SNR, a fifth of them for validation.
+    restarts : int
+        Networks trained from scratch on the truth. The best by validation loss begins all
+        others, as in the paper.
+    replicates : int
+        Repetitions of all training, in another order each: the second begins from the second
+        best restart, and so on.
+    epochs, patience, batch : int
+        As for :func:`qmri.training.train`.
+    repeats : int
+        Noisy signals at each node of the test grid.
+    wide : int
+        Networks trained of the wide shape, for each of two recipes.
+    timed_fits, timed_steps : int
+        Size of the slice on which the straightforward way is timed.
+    """
+
+    voxels: int
+    restarts: int
+    replicates: int
+    epochs: int
+    patience: int
+    batch: int
+    repeats: int
+    wide: int
+    timed_fits: int
+    timed_steps: int
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "paper": Protocol((0, 10, 20, 30, 50, 80, 100, 200, 400, 800), (15, 30)),
+    "abdomen": Protocol((0, 10, 25, 50, 100, 200, 300, 400, 500), (8, 15, 30)),
+}
+SCALES: Mapping[str, Scale] = {
+    "quick": Scale(20_000, 4, 3, 40, 10, 128, 50, 1, 50, 50),
+    "paper": Scale(100_000, 16, 3, 400, 20, 128, 500, 1, 200, 500),
+}
+
+
+def run(
+    scale: str,
+    protocol: str = "paper",
+    seed: int = 0,
+    out: str | Path | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Run the study, or go on with one that was interrupted.
+
+    Parameters
+    ----------
+    scale : {"quick", "paper"}
+    protocol : {"paper", "abdomen"}
+    seed : int
+        All random numbers follow from it.
+    out : path, optional
+        Folder for the results; by default the one that the book reads.
+    fresh : bool
+        Forget what an earlier run has finished.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder with ``manifest.json``, the networks, and the statistics of the test grid.
+
+    Raises
+    ------
+    ValueError
+        If `scale` or `protocol` is unknown, or the work folder holds another run's stages.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    name = "training-labels" + ("" if protocol == "paper" else f"-{protocol}")
+    folder = artefacts.home() / name if out is None else Path(out)
+    study = _Study(SCALES[scale], PROTOCOLS[protocol], seed)
+    settings = {"scale": scale, "protocol": protocol, "seed": seed, **study.settings}
+    work = folder.parent / ".work" / f"{folder.name}-{scale}"
+    stages = (Stages.fresh if fresh else Stages)(work, settings)
+    files, results = study.compute(stages)
+    for file, arrays in files.items():
+        artefacts.save_arrays(folder / file, arrays)
+    command = f"qmri study training-labels --scale {scale}"
+    command += "" if protocol == "paper" else f" --protocol {protocol}"
+    command += "" if seed == 0 else f" --seed {seed}"
+    manifest = Manifest(
+        study=name, scale=scale, command=command, seed=seed, settings=settings,
+        stages=stages.seconds, files=artefacts.describe_files(folder, files), results=results,
+    )  # fmt: skip
+    artefacts.write_manifest(folder, manifest)
+    logger.info("%s: %.0f s in all", folder, sum(stages.seconds.values()))
+    return folder
+
+
+class _Study:
+    """The stages of one run; each depends on earlier ones and on the settings alone."""
+
+    def __init__(self, scale: Scale, protocol: Protocol, seed: int):
+        self.scale, self.seed = scale, seed
+        self.model = IVIM(protocol.bvalues)
+        self.grid = Grid.regular(self.model, POINTS)
+        self.snrs, self.high = protocol.snrs, max(protocol.snrs)
+        self.options = {
+            "epochs": scale.epochs, "patience": scale.patience, "batch": scale.batch,
+            "progress": True,
+        }  # fmt: skip
+
+    @property
+    def settings(self) -> dict:
+        return {
+            **vars(self.scale),
+            "bvalues": list(self.model.bvalues),
+            "snrs": list(self.snrs),
+            "recipes": list(RECIPES),
+            "points": POINTS,
+        }
+
+    def compute(self, stages: Stages) -> tuple[dict[str, Mapping], dict]:
+        """All stages; returns the files to keep and the numbers for the manifest."""
+        labels = {
+            snr: stages.run(f"labels-snr{snr}", lambda snr=snr: self._labels(snr))
+            for snr in self.snrs
+        }
+        self.datasets = {snr: self._labelled(snr, labels[snr]) for snr in self.snrs}
+        restarts = stages.run("restarts", lambda: self._restarts(stages.path("restarts")))
+        networks = stages.run("networks", lambda: self._networks(stages.path("networks"), restarts))
+        shapes = stages.run("shapes", lambda: self._shapes(stages.path("shapes")))
+        likelihood = {
+            snr: stages.run(f"mle-snr{snr}", lambda snr=snr: self._mle(snr)) for snr in self.snrs
+        }
+        tested = {
+            snr: stages.run(f"test-snr{snr}", lambda snr=snr: self._test(snr, networks))
+            for snr in self.snrs
+        }
+        loops = stages.run("straightforward", self._straightforward)
+
+        weights = {k: v for k, v in networks.items() if not k.startswith("history/")}
+        weights |= {"widths": np.array(mlp_widths(self.model)), "scale": self._scale()}
+        files = {
+            pretrained.FILE: weights,
+            "training.npz": {
+                **{f"restarts/{k}": v for k, v in _part(restarts, "history/").items()},
+                **{f"networks/{k}": v for k, v in _part(networks, "history/").items()},
+                **{f"shapes/{k}": v for k, v in shapes.items()},
+            },
+        }
+        for snr in self.snrs:
+            files[f"grid-snr{snr}.npz"] = {**_part(likelihood[snr], "grid/"), **tested[snr]}
+        results = {
+            "labels": {f"snr{snr}": self._label_results(snr) for snr in self.snrs},
+            "maximum-likelihood": {
+                f"snr{snr}": {k: float(v) for k, v in _part(likelihood[snr], "share/").items()}
+                for snr in self.snrs
+            },
+            "speed": self._speed(stages.seconds, restarts, networks, tested, loops),
+        }
+        return files, results
+
+    # --- stages ------------------------------------------------------------------------------
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+    def _dataset(self, snr: int) -> Dataset:
+        """The same tissue at every SNR."""
+        tissue = self.model.sample(self.scale.voxels, self._rng(0))
+        return simulate(self.model, Rician(1 / snr), tissue, self._rng(1, snr))
+
+    def _labels(self, snr: int) -> dict[str, Array]:
+        arrays, dataset = {}, self._dataset(snr)
+        for name, kind in NOISES.items():
+            label = mle_labels(dataset, kind(1 / snr), progress=True)
+            arrays |= {f"{name}/{k}": v for k, v in vars(label).items()}
+        return arrays
+
+    def _labelled(self, snr: int, arrays: Mapping) -> Dataset:
+        dataset = self._dataset(snr)
+        labels = {name: Labels(**_part(arrays, f"{name}/")) for name in NOISES}
+        return dataset.with_labels(labels)
+
+    def _scale(self) -> Array:
+        return self.datasets[self.high].mean
+
+    def _fresh(self, count: int, stream: int, **shape: int) -> Networks:
+        seeds = self._rng(2, stream).integers(2**31, size=count).tolist()
+        return Networks(mlp_widths(self.model, **shape), self._scale(), seeds)
+
+    def _restarts(self, checkpoint: Path) -> dict[str, Array]:
+        """Networks on the truth from many first weights; the best ones begin all others."""
+        scale = self.scale
+        task = recipe("supervised-gt")
+        tasks = [
+            Task(self.datasets[self.high], task, self._order(k)) for k in range(scale.restarts)
+        ]
+        trained, history = train_in_parallel(
+            self._fresh(scale.restarts, 0), tasks, checkpoint=checkpoint, **self.options
+        )
+        best = history.best.argsort(kind="stable")[: scale.replicates]
+        arrays = {f"best/{name}": value[best] for name, value in trained.arrays().items()}
+        return arrays | _history(history) | {"history/chosen": best}
+
+    def _order(self, replicate: int) -> int:
+        return 1000 * self.seed + replicate
+
+    def _networks(self, checkpoint: Path, restarts: Mapping) -> dict[str, Array]:
+        best = _part(restarts, "best/")
+        jobs = [
+            (snr, name, replicate)
+            for snr in self.snrs
+            for name in RECIPES
+            for replicate in range(self.scale.replicates)
+            if (snr, name) != (self.high, "supervised-gt")
+        ]
+        begin = Networks(mlp_widths(self.model), self._scale(), [0] * len(jobs))
+        begin.load({k: v[[replicate for *_, replicate in jobs]] for k, v in best.items()})
+        tasks = [Task(self.datasets[s], recipe(n), self._order(r)) for s, n, r in jobs]
+        trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **self.options)
+        arrays = {f"snr{self.high}/supervised-gt/{k}": v for k, v in best.items()}
+        weights = trained.arrays()
+        for snr, name in dict.fromkeys(job[:2] for job in jobs):
+            mine = [k for k, job in enumerate(jobs) if job[:2] == (snr, name)]
+            arrays |= {f"snr{snr}/{name}/{k}": v[mine] for k, v in weights.items()}
+        names = np.array([f"snr{s}/{n}/{r}" for s, n, r in jobs])
+        return arrays | _history(history) | {"history/names": names}
+
+    def _shapes(self, checkpoint: Path) -> dict[str, Array]:
+        """Wider and deeper networks, and the standard shape as many times, all from scratch."""
+        arrays = {}
+        dataset = self.datasets[self.high]
+        for stream, (shape, options) in enumerate(SHAPES.items(), start=1):
+            count = self.scale.wide if shape == "wide" else 2 * self.scale.wide
+            names = [name for name in SHAPE_RECIPES for _ in range(count)]
+            tasks = [
+                Task(dataset, recipe(name), self._order(k % count)) for k, name in enumerate(names)
+            ]
+            begin = self._fresh(len(tasks), stream, **options)
+            trained, history = train_in_parallel(
+                begin, tasks, checkpoint=checkpoint.with_name(f"shapes-{shape}"), **self.options
+            )
+            found = [
+                self._evaluated(self.high, {"": self._estimator(trained.at([k]), self.high)})[""]
+                for k in range(len(trained))
+            ]
+            arrays |= {f"{shape}/{k}": v for k, v in _part(_history(history), "history/").items()}
+            arrays[f"{shape}/recipe"] = np.array(names)
+            arrays[f"{shape}/weights"] = np.array(sum(w[0].size for w in trained.arrays().values()))
+            arrays[f"{shape}/test"] = np.array(
+                [np.mean(np.sum((s.rmse / self._scale()) ** 2, axis=1)) for s in found]
+            )
+        return arrays
+
+    def _mle(self, snr: int) -> dict[str, Array]:
+        """Maximum likelihood on the test grid, from the truth and from the mean tissue."""
+        arrays = {}
+        mean = self._scale()
+        for name, kind in NOISES.items():
+            noise = kind(1 / snr)
+            found = {start: self._accumulator() for start in ("truth", "mean")}
+            voxels = differ = on_bound = lost = 0
+            for nodes, theta, signals in self._blocks(snr, f"MLE {name}, SNR {snr}"):
+                fits = {
+                    "truth": fit_mle(self.model, noise, signals, start=theta),
+                    "mean": fit_mle(self.model, noise, signals, start=mean),
+                }
+                for start, fit in fits.items():
+                    found[start].add(nodes, fit.theta)
+                voxels += len(signals)
+                differ += np.sum(np.abs(fits["truth"].nll - fits["mean"].nll) > 1e-3)
+                on_bound += np.sum(fits["truth"].at_bound)
+                lost += np.sum(~fits["truth"].converged)
+            for start, accumulator in found.items():
+                label = name if start == "truth" else f"{name}-from-mean"
+                arrays |= _grid_arrays(f"{label}/0", accumulator.statistics())
+            arrays[f"share/{name}, ends differ between starts"] = np.array(differ / voxels)
+            arrays[f"share/{name}, on a bound"] = np.array(on_bound / voxels)
+            arrays[f"share/{name}, not converged"] = np.array(lost / voxels)
+        return arrays
+
+    def _test(self, snr: int, networks: Mapping) -> dict[str, Array]:
+        """All networks of one SNR on the test grid, and how fast they are."""
+        trained = {}
+        for name in RECIPES:
+            weights = _part(networks, f"snr{snr}/{name}/")
+            for replicate in range(self.scale.replicates):
+                network = Networks(mlp_widths(self.model), self._scale(), [0])
+                network.load({k: v[[replicate]] for k, v in weights.items()})
+                trained[f"{name}/{replicate}"] = self._estimator(network, snr)
+        arrays = {}
+        for label, statistics in self._evaluated(snr, trained).items():
+            arrays |= _grid_arrays(label, statistics)
+        return {k.removeprefix("grid/"): v for k, v in arrays.items()}
+
+    def _straightforward(self) -> dict[str, Array]:
+        """Seconds a fit and a training step take in the usual loops; our networks' voxels/s."""
+        dataset = self.datasets[self.high]
+        fits = self.scale.timed_fits
+        begin = time.perf_counter()
+        with threadpool_limits(1):  # more BLAS threads only get into the way of tiny arrays
+            for kind in NOISES.values():
+                _scipy_loop(
+                    self.model, kind(1 / self.high), dataset.signals[:fits], dataset.theta[:fits]
+                )
+        fit = (time.perf_counter() - begin) / (2 * fits)
+        step = _dataloader_step(dataset, self.scale.batch, self.scale.timed_steps, self.seed)
+        estimator = self._estimator(self._fresh(1, 9), self.high)
+        signals = np.tile(dataset.signals, (max(1, 1_000_000 // len(dataset.signals)), 1))
+        rates = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            estimator.estimate(signals)
+            rates.append(len(signals) / (time.perf_counter() - begin))
+        return {
+            "fit": np.array(fit), "step": np.array(step), "estimate": np.array(max(rates)),
+        }  # fmt: skip
+
+    # --- parts of stages ---------------------------------------------------------------------
+
+    def _estimator(self, network: Networks, snr: int) -> NetworkEstimator:
+        return NetworkEstimator(network, self.model, snr)
+
+    def _accumulator(self) -> GridAccumulator:
+        return GridAccumulator(self.grid, self.scale.repeats)
+
+    def _blocks(self, snr: int, what: str) -> Iterator:
+        pieces = blocks(self.grid, Rician(1 / snr), self.scale.repeats, self._test_seed(snr))
+        with tqdm(total=len(self.grid), unit="node", desc=what) as bar:
+            for block in pieces:
+                yield block
+                bar.update(block.nodes.stop - block.nodes.start)
+
+    def _test_seed(self, snr: int) -> int:
+        return int(self._rng(3, snr).integers(2**31))
+
+    def _evaluated(self, snr: int, trained: Mapping) -> dict[str, GridStatistics]:
+        found = {label: self._accumulator() for label in trained}
+        for nodes, _, signals in self._blocks(snr, f"networks, SNR {snr}"):
+            for label, estimator in trained.items():
+                found[label].add(nodes, estimator.estimate(signals))
+        return {label: accumulator.statistics() for label, accumulator in found.items()}
+
+    def _label_results(self, snr: int) -> dict:
+        dataset = self.datasets[snr]
+        results = {}
+        for name in NOISES:
+            label = dataset.labels[name]
+            results[name] = {
+                "usable": float(label.usable.mean()),
+                "on lower, upper bound": {
+                    k: list(v) for k, v in label.share_on_bounds(self.model).items()
+                },
+            }
+        return results
+
+    def _speed(
+        self, seconds: Mapping, restarts: Mapping, networks: Mapping, tested: Mapping,
+        loops: Mapping,
+    ) -> dict:  # fmt: skip
+        """Measured seconds of our way, and of the usual way as extrapolated from a slice."""
+        scale, snrs = self.scale, len(self.snrs)
+        steps_an_epoch = -(-round(0.8 * scale.voxels) // scale.batch)
+        test_fits = 2 * 2 * snrs * len(self.grid) * scale.repeats
+        training = {}
+        for name, stage in (("restarts", restarts), ("networks", networks)):
+            epochs = int(np.isfinite(stage["history/training"]).sum())
+            training[name] = {
+                "seconds": seconds[name],
+                "epochs of all networks": epochs,
+                "one after the other": epochs * steps_an_epoch * float(loops["step"]),
+            }
+        return {
+            "labels": {
+                "seconds": sum(seconds[f"labels-snr{snr}"] for snr in self.snrs),
+                "fits": 2 * snrs * scale.voxels,
+                "one after the other": 2 * snrs * scale.voxels * float(loops["fit"]),
+            },
+            "test": {
+                "seconds": sum(seconds[f"mle-snr{snr}"] for snr in self.snrs),
+                "fits": test_fits,
+                "one after the other": test_fits * float(loops["fit"]),
+            },
+            **training,
+            "network voxels per second": float(loops["estimate"]),
+        }
+
+
+def _part(arrays: Mapping, prefix: str) -> dict:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _history(history: History) -> dict[str, Array]:
+    return {
+        "history/training": history.training.astype(np.float32),
+        "history/validation": history.validation.astype(np.float32),
+        "history/best_epoch": history.best_epoch,
+        "history/best": history.best,
+        "history/diverged": history.diverged,
+    }
+
+
+def _grid_arrays(label: str, statistics: GridStatistics) -> dict[str, Array]:
+    return {f"grid/{label}/{k}": v for k, v in statistics.to_arrays().items()}
+
+
+def _scipy_loop(model: IVIM, noise: Noise, signals: Array, starts: Array) -> None:
+    """The usual way to fit: one voxel after the other, derivatives by differences."""
+    b = model.bvalues * 1e-3
+
+    def cost(theta, measured):
+        s0, f, dslow, dfast = theta
+        clean = s0 * (f * np.exp(-b * (dfast + dslow)) + (1 - f) * np.exp(-b * dslow))
+        return np.sum(noise.nll(measured, clean))
+
+    for measured, start in zip(signals, starts, strict=True):
+        minimize(cost, start, (measured,), method="L-BFGS-B", bounds=model.bounds)
+
+
+def _dataloader_step(dataset: Dataset, batch: int, steps: int, seed: int) -> float:
+    """Seconds of one step of the usual training loop, data loading included."""
+    sizes = mlp_widths(dataset.model)
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ELU()]
+    network = torch.nn.Sequential(*layers[:-1])
+    optimiser = torch.optim.Adam(network.parameters())
+    weights = torch.tensor(1 / dataset.mean, dtype=torch.float32)
+    data = TensorDataset(
+        torch.tensor(dataset.signals, dtype=torch.float32),
+        torch.tensor(dataset.theta, dtype=torch.float32),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(data, batch, shuffle=True, generator=generator)
+    done, begin = 0, time.perf_counter()
+    for signals, target in loader:
+        if done == steps:
+            break
+        optimiser.zero_grad()
+        loss = (weights * (network(signals).abs() - target)).square().sum(dim=1).mean()
+        loss.backward()
+        optimiser.step()
+        done += 1
+    return (time.perf_counter() - begin) / done
+
+
+class Results:
+    """What a run has left: statistics of every estimator on the test grid, and more.
+
+    Parameters
+    ----------
+    protocol : {"paper", "abdomen"}
+    location : path, optional
+        Folder of the results; by default the one that the book reads.
+
+    Attributes
+    ----------
+    study : qmri.artefacts.Study
+        With ``label`` ("paper scale"), ``settings`` and ``results``.
+    model : IVIM
+    grid : qmri.evaluation.Grid
+    snrs : tuple of int
+    replicates : int
+        Independent trainings of each network.
+
+    Raises
+    ------
+    MissingArtefacts
+        If the study has not been run; the message names the command.
+    """
+
+    def __init__(self, protocol: str = "paper", location: str | Path | None = None):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        name = "training-labels" + ("" if protocol == "paper" else f"-{protocol}")
+        self.study = Study(name, location)
+        settings = self.study.settings
+        self.model = IVIM(settings["bvalues"])
+        self.grid = Grid.regular(self.model, settings["points"])
+        self.snrs = tuple(settings["snrs"])
+        self.replicates = settings["replicates"]
+
+    def __repr__(self) -> str:
+        return f"<Results {self.study!r}>"
+
+    @property
+    def label(self) -> str:
+        """The scale, as figures state it: "paper scale" or "quick scale"."""
+        return self.study.label
+
+    @cached_property
+    def _files(self) -> dict[str, dict[str, Array]]:
+        return {}
+
+    def _arrays(self, file: str) -> dict[str, Array]:
+        if file not in self._files:
+            self._files[file] = self.study.arrays(file)
+        return self._files[file]
+
+    def noise(self, snr: int) -> Rician:
+        """Noise of the test signals at an SNR."""
+        return Rician(1 / snr)
+
+    def names(self, snr: int) -> tuple[str, ...]:
+        """Estimators that were tested at an SNR: networks by recipe, and maximum likelihood."""
+        labels = self._arrays(self._grid_file(snr))
+        return tuple(dict.fromkeys(label.split("/")[0] for label in labels))
+
+    def _grid_file(self, snr: int) -> str:
+        if snr not in self.snrs:
+            raise ValueError(f"snr must be one of {self.snrs}, got {snr!r}")
+        return f"grid-snr{snr}.npz"
+
+    def statistics(self, snr: int, name: str, replicate: int = 0) -> GridStatistics:
+        """What one estimator does on the test grid.
+
+        Parameters
+        ----------
+        snr : int
+        name : str
+            One of `names`: a recipe, or ``"mle-rician"`` and ``"mle-gaussian"`` (started at
+            the truth), and the same with ``-from-mean`` (started at the mean tissue).
+        replicate : int
+            Of a network, below `replicates`; maximum likelihood has one only.
+        """
+        found = _part(self._arrays(self._grid_file(snr)), f"{name}/{replicate}/")
+        if not found:
+            raise ValueError(
+                f"name and replicate must be among those tested, {', '.join(self.names(snr))} "
+                f"and 0 to {self.replicates - 1}, got {name!r} and {replicate!r}"
+            )
+        return GridStatistics.from_arrays(self.grid, found)
+
+    def all_statistics(self, snr: int, name: str) -> list[GridStatistics]:
+        """`statistics` of every replicate; a list of one for maximum likelihood."""
+        count = 1 if name.startswith("mle-") else self.replicates
+        return [self.statistics(snr, name, replicate) for replicate in range(count)]
+
+    def training(self, stage: str) -> dict[str, Array]:
+        """How training went.
+
+        Parameters
+        ----------
+        stage : {"restarts", "networks", "shapes"}
+
+        Returns
+        -------
+        dict of str to array
+            ``training`` and ``validation`` losses (epochs, networks), ``best`` (networks,),
+            and for ``"networks"`` the ``names`` ("snr15/self-supervised/0"); for ``"shapes"``
+            the same behind ``standard/``, ``wide/`` and ``deep/``, with the number of
+            ``weights`` and the ``test`` loss.
+        """
+        found = _part(self._arrays("training.npz"), f"{stage}/")
+        if not found:
+            raise ValueError(f"stage must be restarts, networks or shapes, got {stage!r}")
+        return found
