@@ -6,11 +6,23 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from qmri import IVIM, Gaussian, Rician, fit_mle
-from qmri.studies.black_box import CapillaryFlow, maximum_likelihood
+from qmri.datasets import labels_from_fit, simulate
+from qmri.losses import signal_error
+from qmri.networks import Networks, mlp_widths
+from qmri.studies import black_box
+from qmri.studies.black_box import (
+    BVALUES,
+    CapillaryFlow,
+    Decoder,
+    DifferenceDecoder,
+    compare,
+    maximum_likelihood,
+)
+from qmri.training import train
 
-BVALUES = (0, 10, 20, 30, 50, 80, 100, 200, 400, 800)
 SPINS = 5000
 # Phases spread all around give cosines of variance 1/2.
 MONTE_CARLO_SD = 1 / np.sqrt(2 * SPINS)
@@ -200,6 +212,119 @@ class TestLabels:
         maximum_likelihood(model, Rician(1 / 30), signals)
         # A thousand voxels a second, half of what two cores reach: they may have other work.
         assert time.perf_counter() - begin < 10.0
+
+
+class TestDecoders:
+    def test_where_speeds_were_simulated_they_are_the_simulator(self, model):
+        theta = model.sample(100, np.random.default_rng(8))
+        for decoder in (Decoder(model), DifferenceDecoder(model)):
+            np.testing.assert_array_equal(decoder.signal(theta), model.signal(theta))
+            np.testing.assert_array_equal(
+                decoder.jacobian(theta)[:, :, :3], model.jacobian(theta)[:, :, :3]
+            )
+
+    @pytest.mark.parametrize("kind", [Decoder, DifferenceDecoder])
+    def test_speeds_not_simulated_give_the_nearest_signal(self, model, kind):
+        theta = np.array([[1.0, 0.3, 1.0, v] for v in (-3.0, 0.0, 6.0, 1e30, np.inf)])
+        signal, jacobian = kind(model).signal_and_jacobian(theta)
+        np.testing.assert_array_equal(signal[0], signal[1])
+        np.testing.assert_array_equal(signal[2:4], signal[3:5])
+        assert np.isfinite(jacobian).all()
+
+    @pytest.mark.parametrize("kind", [Decoder, DifferenceDecoder])
+    def test_nan_stays_in_its_voxel(self, model, kind):
+        theta = np.array([[1.0, 0.3, 1.0, np.nan], [1.0, 0.3, 1.0, 2.0]])
+        signal = kind(model).signal(theta)
+        assert np.isnan(signal[0]).all()
+        np.testing.assert_array_equal(signal[1], model.signal(theta[1:])[0])
+
+    def test_a_difference_of_one_step_is_the_jump(self, model):
+        # From the middle of one step to the middles of its neighbours.
+        theta = np.array([[1.0, 0.3, 1.0, v] for v in model.speeds[5:9]])
+        slope = DifferenceDecoder(model, step=0.2).jacobian(theta)[1:3, :, 3]
+        signal = model.signal(theta)
+        np.testing.assert_allclose(slope, (signal[2:] - signal[:2]) / 0.4, rtol=1e-12)
+
+    def test_differences_approach_the_slope_of_the_physics(self):
+        # One endless segment: F = sinc(q v t), and its slope by v is known.
+        straight = CapillaryFlow(BVALUES, segment=1e6, spacing=5.0, spins=20_000)
+        slope = DifferenceDecoder(straight, step=0.2).jacobian([[1.0, 1.0, 0.0, 1.55]])[0, :, 3]
+        q = np.sqrt(straight.bvalues * 1e-3 / 50.0)
+        expected = (np.sinc(q * 85 / np.pi) - np.sinc(q * 65 / np.pi)) / 0.4  # um walked
+        # Spins are shared by the two sums; the tolerance is that of sums that share nothing.
+        np.testing.assert_allclose(slope, expected, atol=4 / np.sqrt(20_000) / 0.4)
+
+    def test_a_gradient_by_v_comes_back_through_differences_only(self, model):
+        rng = np.random.default_rng(9)
+        signals = torch.tensor(model.signal(model.sample(50, rng))[None], dtype=torch.float32)
+        for decoder, flows in ((Decoder(model), False), (DifferenceDecoder(model), True)):
+            estimate = torch.tensor(
+                model.sample(50, rng)[None], dtype=torch.float32, requires_grad=True
+            )
+            signal_error(estimate, signals, decoder).sum().backward()
+            assert torch.all(estimate.grad[..., :3] != 0)
+            assert torch.any(estimate.grad[..., 3] != 0) == flows
+
+    @pytest.mark.parametrize("step", [0.1, 3.1, 0.0, -0.5, np.nan])
+    def test_steps_that_make_no_difference(self, model, step):
+        with pytest.raises(ValueError, match="step must be from 0.2 mm/s"):
+            DifferenceDecoder(model, step)
+
+
+class TestLearning:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def learnt():
+        return compare(1500, 8, seed=3, replicates=2)
+
+    def test_shapes(self, learnt):
+        networks = [
+            f"{kind}{begin}"
+            for begin in ("", "-from-gt")
+            for kind in ("self-supervised", "self-supervised-differences")
+        ] + ["supervised-gt", "supervised-mle"]
+        single = ["mle", "always the mean"]
+        assert sorted(learnt["estimators"]) == sorted(networks + single)
+        bins = len(learnt["speed/edges"]) - 1
+        for name in networks + single:
+            replicates = 1 if name in single else 2
+            for score in ("rmse", "slope", "correlation"):
+                assert learnt[f"{score}/{name}"].shape == (replicates, 4)
+            assert learnt[f"residual/{name}"].shape == (replicates,)
+            assert learnt[f"speed/{name}"].shape == (replicates, 3, bins)
+        for name in networks:
+            assert np.all((learnt[f"epochs/{name}"] >= 1) & (learnt[f"epochs/{name}"] <= 8))
+
+    def test_the_mean_knows_nothing_of_the_tissue(self, learnt, model):
+        np.testing.assert_allclose(learnt["slope/always the mean"], 0, atol=1e-12)
+        assert np.isnan(learnt["correlation/always the mean"]).all()
+        # Its error is the spread of a uniform distribution, width / sqrt(12), within 4 SE.
+        width = np.diff(model.training, axis=1)[:, 0]
+        np.testing.assert_allclose(learnt["rmse/always the mean"][0], width / 12**0.5, rtol=0.08)
+
+    def test_the_fit_leaves_less_than_the_noise(self, learnt):
+        # Four parameters and ten signals: sqrt(6 / 10) of sigma, were the model linear.
+        assert 0.7 < learnt["residual/mle"][0] < 0.9
+
+    def test_self_supervision_follows_the_signal_not_the_speed(self, model):
+        # Even begun at networks that know the speed: nothing in the loss holds it there.
+        rng = np.random.default_rng(30)
+        dataset = simulate(model, Rician(1 / 30), model.sample(5000, rng), rng)
+        fit = maximum_likelihood(model, Rician(1 / 30), dataset.signals)
+        dataset = dataset.with_labels({"mle": labels_from_fit(fit)})
+        kinds = black_box.tasks(dataset)
+        taught = [kinds["supervised-mle"], kinds["self-supervised"]]
+        networks = Networks(mlp_widths(model), dataset.mean, [0, 0])
+        trained, _ = train(networks, taught, epochs=40)
+        truth = model.sample(5000, rng)
+        signals = Rician(1 / 30).sample(model.signal(truth), rng)
+        with torch.inference_mode():
+            seen = torch.tensor(signals, dtype=torch.float32).expand(2, -1, -1)
+            v = trained(seen).numpy()[:, :, 3]
+        by_labels, by_itself = (np.corrcoef(truth[:, 3], estimate)[0, 1] for estimate in v)
+        error = np.sqrt(np.mean((v - truth[:, 3]) ** 2, axis=1))
+        assert by_labels > 0.6 and error[0] < np.std(truth[:, 3])
+        assert by_itself < by_labels - 0.3 and error[1] > np.std(truth[:, 3])
 
 
 class TestBadInput:

@@ -538,3 +538,23 @@ def test_names_that_cannot_be_files(tmp_path, names, message):
     with pytest.raises(ValueError, match=message):
         write_maps(maps, tmp_path, AFFINE)
     assert list(tmp_path.iterdir()) == []
+
+
+class Trained(MeanAndSpan):
+    """An estimator that knows what it was made for."""
+
+    def require(self, *, bvalues=None, snr=None):
+        if list(bvalues) != [0, 10, 20, 30] or snr != 20:
+            raise ValueError(f"trained for another acquisition than {bvalues} at SNR {snr}")
+
+
+def test_a_trained_estimator_sees_only_what_it_was_trained_for() -> None:
+    """A network maps any signals to something: a wrong protocol must not make a map."""
+    images, right = np.ones((3, 4)), {"bvalues": [0, 10, 20, 30], "snr": 20}
+    assert estimate_maps(Trained(), images, **right)["mean"].tolist() == [1, 1, 1]
+    for name in right:
+        with pytest.raises(ValueError, match=f"{name} must be given"):
+            estimate_maps(Trained(), images, **{**right, name: None})
+    for other in ({"bvalues": [0, 10, 20, 40]}, {"snr": 10}):
+        with pytest.raises(ValueError, match="trained for another"):
+            estimate_maps(Trained(), images, **{**right, **other})

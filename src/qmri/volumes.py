@@ -124,6 +124,9 @@ def estimate_maps(
     mask: ArrayLike | None = None,
     units: Sequence[str] | None = None,
     progress: bool = False,
+    *,
+    bvalues: ArrayLike | None = None,
+    snr: float | None = None,
 ) -> ParameterMaps:
     """Parameter maps of an image stack.
 
@@ -139,6 +142,11 @@ def estimate_maps(
         Unit of each parameter; ``estimator.units`` by default, where it has them.
     progress : bool
         Show a progress bar.
+    bvalues : (measurements,), optional
+        s/mm2, of the images.
+    snr : float, optional
+        S0 / sigma of the images. An estimator that knows what it was trained for (one with a
+        method ``require``, as stored networks have) needs both and refuses others.
 
     Returns
     -------
@@ -152,8 +160,14 @@ def estimate_maps(
     ValueError
         If `images` are not real numbers with a measurement axis; if `mask` is not
         boolean, has another shape or is empty; if there is not one unit per
-        parameter; if the estimator returns an array of the wrong shape.
+        parameter; if the estimator returns an array of the wrong shape; if it was
+        trained for other b-values or another SNR, or these are not said.
     """
+    if hasattr(estimator, "require"):
+        for argument, value in (("bvalues", bvalues), ("snr", snr)):
+            if value is None:
+                raise ValueError(f"{argument} must be given for a trained estimator, {estimator!r}")
+        estimator.require(bvalues=bvalues, snr=snr)
     images = _real_images(images)
     spatial = images.shape[:-1]
     mask = _checked_mask(mask, spatial)

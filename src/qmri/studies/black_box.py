@@ -7,17 +7,37 @@ blood to follow. Maximum likelihood does not need one.
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numba import njit, prange
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from qmri.datasets import Dataset, labels_from_fit, simulate
+from qmri.losses import Recipe
 from qmri.mle import Fit, fit_mle
 from qmri.models import UM2_PER_MS, Array, Parameter, SignalModel, check_bvalues
-from qmri.noise import Noise
+from qmri.networks import NetworkEstimator, Networks, mlp_widths
+from qmri.noise import Noise, Rician
+from qmri.training import Task, train, train_in_parallel
 
-__all__ = ["CapillaryFlow", "maximum_likelihood"]
+__all__ = [
+    "BVALUES",
+    "CapillaryFlow",
+    "Decoder",
+    "DifferenceDecoder",
+    "compare",
+    "maximum_likelihood",
+    "tasks",
+]
+
+BVALUES = (0, 10, 20, 30, 50, 80, 100, 200, 400, 800)  # s/mm2
+STEP = 0.5  # mm/s, of DifferenceDecoder: two and a half steps of the staircase
+PATIENCE = 25
 
 
 class CapillaryFlow(SignalModel):
@@ -342,3 +362,263 @@ def _compared(model: CapillaryFlow, noise: Noise, signals: Array, theta: Array) 
         measured = np.asarray(signals[fitted], dtype=np.float64)
         value[fitted] = noise.at(fitted).quadratic_terms(measured, clean).value.sum(axis=1)
     return value
+
+
+class Decoder(SignalModel):
+    """The simulator as a layer behind a network, which may ask for any speed.
+
+    The simulator refuses speeds that it has not simulated, and a network in training has not
+    learnt yet which those are. Here they are moved to the nearest that was simulated.
+
+    Parameters
+    ----------
+    flow : CapillaryFlow
+    """
+
+    def __init__(self, flow: CapillaryFlow):
+        self.flow = flow
+        self.parameters, self.measurements = flow.parameters, flow.measurements
+        self.amplitude = flow.amplitude
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.flow!r})"
+
+    def signal(self, theta: ArrayLike) -> Array:
+        """Noise-free signals, NaN where v is NaN; shapes as for `CapillaryFlow`."""
+        theta = self.check_theta(theta)
+        return self._shown(theta, self.flow.signal(self._held(theta)))
+
+    def jacobian(self, theta: ArrayLike) -> Array:
+        """Derivative of each signal by each parameter, as used in training."""
+        return self.signal_and_jacobian(theta)[1]
+
+    def signal_and_jacobian(self, theta: ArrayLike) -> tuple[Array, Array]:
+        theta = self.check_theta(theta)
+        signal, jacobian = self.flow.signal_and_jacobian(self._held(theta))
+        return self._shown(theta, signal), jacobian
+
+    def _held(self, theta: Array) -> Array:
+        return _at_speed(theta, np.clip(np.nan_to_num(theta[:, 3]), 0.0, self._fastest))
+
+    def _shown(self, theta: Array, signal: Array) -> Array:
+        # A diverged network is the training loop's to notice, not the simulator's to refuse.
+        signal[np.isnan(theta[:, 3])] = np.nan
+        return signal
+
+    @property
+    def _fastest(self) -> float:
+        return self.parameters[3].bounds[1]
+
+
+class DifferenceDecoder(Decoder):
+    """The same, with a difference quotient over many steps of the staircase for a slope in v.
+
+    The two further calls of the simulator see the same spins, so that most of their Monte
+    Carlo error is shared and drops out of the difference.
+
+    Parameters
+    ----------
+    flow : CapillaryFlow
+    step : float
+        Of the central difference, in mm/s; near the ends of the range simulated the nearest
+        full difference stands in.
+
+    Raises
+    ------
+    ValueError
+        If `step` is shorter than a step of the staircase, or leaves no room in the range.
+    """
+
+    def __init__(self, flow: CapillaryFlow, step: float = STEP):
+        super().__init__(flow)
+        stair = flow.spacing / flow.time
+        if not stair <= step <= self._fastest / 2:
+            raise ValueError(
+                f"step must be from {stair:g} mm/s, one step of the staircase, to "
+                f"{self._fastest / 2:g} mm/s, got {step!r}"
+            )
+        self.step = step
+
+    def __repr__(self) -> str:
+        return f"DifferenceDecoder({self.flow!r}, step={self.step:g})"
+
+    def signal_and_jacobian(self, theta: ArrayLike) -> tuple[Array, Array]:
+        theta = self.check_theta(theta)
+        signal, jacobian = super().signal_and_jacobian(theta)
+        centre = np.clip(np.nan_to_num(theta[:, 3]), self.step, self._fastest - self.step)
+        above = self.flow.signal(_at_speed(theta, centre + self.step))
+        below = self.flow.signal(_at_speed(theta, centre - self.step))
+        jacobian[:, :, 3] = (above - below) / (2 * self.step)
+        return signal, jacobian
+
+
+def _at_speed(theta: Array, v: Array) -> Array:
+    return np.column_stack([theta[:, :3], v])
+
+
+def tasks(dataset: Dataset, seed: int = 0) -> dict[str, Task]:
+    """Four ways to teach a network the flow, by name.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Of a `CapillaryFlow`, with labels ``"mle"``.
+    seed : int
+        Of the order in which each network meets the data.
+
+    Returns
+    -------
+    dict of str to Task
+        ``"supervised-gt"``, ``"supervised-mle"``, ``"self-supervised"`` through the exact
+        derivative, and ``"self-supervised-differences"`` through difference quotients.
+    """
+    through = replace(dataset, model=Decoder(dataset.model))
+    differences = replace(dataset, model=DifferenceDecoder(dataset.model))
+    return {
+        "supervised-gt": Task(dataset, Recipe({"truth": 1.0}), seed),
+        "supervised-mle": Task(dataset, Recipe({"mle": 1.0}), seed),
+        "self-supervised": Task(through, Recipe({}), seed),
+        "self-supervised-differences": Task(differences, Recipe({}), seed),
+    }
+
+
+def compare(
+    voxels: int,
+    epochs: int,
+    seed: int,
+    replicates: int = 3,
+    snr: float = 30,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """Networks of all kinds and maximum likelihood on blood flow, on tissue they have not seen.
+
+    Parameters
+    ----------
+    voxels : int
+        Synthetic signals, a fifth of them for validation; as many again for the test.
+    epochs : int
+        At most; a network stops after 25 without a lower validation loss.
+    seed : int
+        All random numbers follow from it.
+    replicates : int
+        Independent trainings of each network; the kinds begin from the same weights.
+    snr : float
+        1 / sigma of the Rician noise.
+    checkpoint : path, optional
+        As for :func:`qmri.training.train`; the file name begins that of several files.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    dict of str to array
+        ``parameters`` (4,), their names, and ``estimators``: those of `tasks`;
+        ``self-supervised-from-gt`` and ``self-supervised-differences-from-gt``, begun from the
+        trained supervised-gt of the same replicate; ``mle`` and ``always the mean``, which
+        have one replicate only. For each of them, on the test tissue, ``rmse/NAME`` in the
+        parameters' units, ``slope/NAME`` (least squares, estimate on truth) and
+        ``correlation/NAME`` (NaN for a constant), all (replicates, parameters), and
+        ``residual/NAME`` (replicates,), RMS difference between measured and estimated signal
+        over sigma. Estimates of v against the truth: ``speed/edges`` (bins + 1,) in mm/s, and
+        ``speed/NAME`` (replicates, 3, bins), mean, 10th and 90th percentile in each bin.
+        ``epochs/NAME`` (replicates,) counts epochs until training stopped, ``seconds/NAME``
+        () times one step of 128 voxels of one network of `tasks`, and of the fit for ``mle``
+        one voxel. ``iterations/mle`` is the mean number of iterations of the fit per signal,
+        over all steps of v; ``usable`` the share of MLE labels that are learnt from.
+
+    References
+    ----------
+    That labels of maximum likelihood serve where the signal model has no derivative is a claim
+    of Epstein et al. {cite}`epstein2024labels`.
+    """
+    flow, noise = CapillaryFlow(BVALUES), Rician(1 / snr)
+    rng = np.random.default_rng([seed, voxels])
+    dataset = simulate(flow, noise, flow.sample(voxels, rng), rng)
+    test = simulate(flow, noise, flow.sample(voxels, rng), rng)
+    maximum_likelihood(flow, noise, dataset.signals[:10])  # compile, so that it is not timed
+    began = time.perf_counter()
+    fit = maximum_likelihood(flow, noise, dataset.signals, progress)
+    seconds = {"mle": (time.perf_counter() - began) / voxels}
+    dataset = dataset.with_labels({"mle": labels_from_fit(fit)})
+
+    kinds = tasks(dataset)
+    options = {"epochs": epochs, "patience": PATIENCE, "progress": progress}
+    initial = np.random.default_rng([seed, 1]).integers(2**31, size=replicates).tolist()
+    begin = Networks(mlp_widths(flow), dataset.mean, initial * len(kinds))
+    networks, taken = _trained(begin, kinds, replicates, seed, checkpoint, options)
+    seconds |= {name: _seconds_per_step(begin.at([0]), task) for name, task in kinds.items()}
+    further = {f"{n}-from-gt": kinds[n] for n in ("self-supervised", "self-supervised-differences")}
+    second = None if checkpoint is None else f"{checkpoint}-from-gt"
+    begin = networks["supervised-gt"].at(list(range(replicates)) * len(further))
+    for found, new in zip(
+        (networks, taken), _trained(begin, further, replicates, seed, second, options), strict=True
+    ):
+        found |= new
+
+    estimates = {
+        name: [NetworkEstimator(n.at([k]), flow, snr).estimate(test.signals) for k in range(len(n))]
+        for name, n in networks.items()
+    }
+    estimates["mle"] = [maximum_likelihood(flow, noise, test.signals, progress).theta]
+    estimates["always the mean"] = [np.tile(dataset.mean, (voxels, 1))]
+    arrays = {"parameters": np.array(flow.names), "estimators": np.array(list(estimates))}
+    for name, replicas in estimates.items():
+        each = [_scores(theta, test) for theta in replicas]
+        arrays |= {f"{score}/{name}": np.array([e[score] for e in each]) for score in each[0]}
+    arrays["speed/edges"] = _speed_edges(flow)
+    arrays |= {f"epochs/{name}": value for name, value in taken.items()}
+    arrays |= {f"seconds/{name}": np.array(value) for name, value in seconds.items()}
+    arrays["iterations/mle"] = np.array(fit.iterations.mean())
+    arrays["usable"] = np.array(dataset.labels["mle"].usable.mean())
+    return arrays
+
+
+def _trained(
+    begin: Networks,
+    kinds: Mapping[str, Task],
+    replicates: int,
+    seed: int,
+    checkpoint: str | Path | None,
+    options: Mapping,
+) -> tuple[dict[str, Networks], dict[str, np.ndarray]]:
+    """Networks of each kind, side by side, and the epochs each was trained for."""
+    # Seeds of the order of the data: as many as replicates, apart from those of other runs.
+    orders = [1000 * seed + k for k in range(replicates)]
+    todo = [replace(task, seed=order) for task in kinds.values() for order in orders]
+    trained, history = train_in_parallel(begin, todo, checkpoint=checkpoint, **options)
+    epochs = np.isfinite(history.validation).sum(axis=0)
+    parts = {name: range(k * replicates, (k + 1) * replicates) for k, name in enumerate(kinds)}
+    networks = {name: trained.at(part) for name, part in parts.items()}
+    return networks, {name: epochs[list(part)] for name, part in parts.items()}
+
+
+def _seconds_per_step(network: Networks, task: Task, batch: int = 128) -> float:
+    """Of one epoch divided by its steps, the fastest of three."""
+    steps = math.ceil(task.dataset.training.sum() / batch)
+    runs = [train(network, [task], epochs=1, batch=batch)[1].seconds for _ in range(3)]
+    return min(runs) / steps
+
+
+def _speed_edges(flow: CapillaryFlow) -> Array:
+    return np.linspace(*flow.parameters[3].training, 10)
+
+
+def _scores(theta: Array, test: Dataset) -> dict[str, Array]:
+    """How well estimates (voxels, 4) agree with the test tissue."""
+    truth, flow = test.theta, test.model
+    deviation, spread = theta - theta.mean(axis=0), truth - truth.mean(axis=0)
+    covariance, variance = (deviation * spread).mean(axis=0), (spread**2).mean(axis=0)
+    varies = np.ptp(theta, axis=0) > 0
+    sd = np.where(varies, np.sqrt((deviation**2).mean(axis=0)), np.nan)
+    residual = Decoder(flow).signal(theta) - test.signals
+    edges = _speed_edges(flow)
+    bins = np.clip(np.searchsorted(edges, truth[:, 3], side="right") - 1, 0, len(edges) - 2)
+    v = [theta[bins == k, 3] for k in range(len(edges) - 1)]
+    return {
+        "rmse": np.sqrt(np.mean((theta - truth) ** 2, axis=0)),
+        "slope": covariance / variance,
+        "correlation": covariance / (sd * np.sqrt(variance)),
+        "residual": np.sqrt(np.mean(residual**2)) / float(np.mean(test.noise.sigma)),
+        "speed": np.array([[x.mean(), *np.quantile(x, (0.1, 0.9))] for x in v]).T,
+    }

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,11 +26,12 @@ from qmri import artefacts, pretrained
 from qmri.artefacts import Manifest, Stages, Study
 from qmri.datasets import Dataset, Labels, mle_labels, simulate
 from qmri.evaluation import Grid, GridAccumulator, GridStatistics, blocks
-from qmri.losses import recipe
+from qmri.losses import Recipe, recipe
 from qmri.mle import fit_mle
 from qmri.models import IVIM, Array
 from qmri.networks import NetworkEstimator, Networks, mlp_widths
 from qmri.noise import Gaussian, Noise, Rician
+from qmri.studies import black_box
 from qmri.training import History, Task, train_in_parallel
 
 __all__ = ["PROTOCOLS", "SCALES", "Protocol", "Results", "Scale", "run"]
@@ -49,6 +51,22 @@ RECIPES = (
     "supervised-gt-mae",
     "supervised-mle-rician-mae",
 )
+# The same, taught also by the labels that lie on a bound, to see what holding them out does.
+KEPT = {
+    "supervised-mle-rician-kept": Recipe({"mle-rician-kept": 1.0}),
+    "supervised-mle-rician-dfast-kept": Recipe({"mle-rician-kept": 1.0}, emphasis={"Dfast": 1e6}),
+}
+# Networks whose errors are also taken over those signals only whose MLE lies inside the bounds.
+INSIDE = (
+    "supervised-gt",
+    "self-supervised",
+    "supervised-mle-rician",
+    "supervised-mle-rician-f",
+    "supervised-mle-rician-dslow",
+    "supervised-mle-rician-dfast",
+    *KEPT,
+)
+FEWEST_INSIDE = 10  # signals of a node
 NOISES = {"mle-rician": Rician, "mle-gaussian": Gaussian}
 SHAPES = {"standard": {}, "wide": {"width": 150}, "deep": {"hidden": 10}}
 SHAPE_RECIPES = ("supervised-gt", "supervised-mle-rician")
@@ -83,6 +101,8 @@ class Scale:
         Noisy signals at each node of the test grid.
     wide : int
         Networks trained of the wide shape, for each of two recipes.
+    simulated, simulated_epochs : int
+        Signals of the simulator without a derivative, and epochs at most.
     timed_fits, timed_steps : int
         Size of the slice on which the straightforward way is timed.
     """
@@ -95,6 +115,8 @@ class Scale:
     batch: int
     repeats: int
     wide: int
+    simulated: int
+    simulated_epochs: int
     timed_fits: int
     timed_steps: int
 
@@ -104,8 +126,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "abdomen": Protocol((0, 10, 25, 50, 100, 200, 300, 400, 500), (8, 15, 30)),
 }
 SCALES: Mapping[str, Scale] = {
-    "quick": Scale(20_000, 4, 3, 40, 10, 128, 50, 1, 50, 50),
-    "paper": Scale(100_000, 16, 3, 400, 20, 128, 500, 1, 200, 500),
+    "quick": Scale(20_000, 4, 3, 40, 10, 128, 50, 1, 8_000, 150, 50, 50),
+    "paper": Scale(100_000, 16, 3, 400, 20, 128, 500, 1, 20_000, 250, 200, 500),
 }
 
 
@@ -195,16 +217,31 @@ class _Study:
         }
         self.datasets = {snr: self._labelled(snr, labels[snr]) for snr in self.snrs}
         restarts = stages.run("restarts", lambda: self._restarts(stages.path("restarts")))
-        networks = stages.run("networks", lambda: self._networks(stages.path("networks"), restarts))
-        shapes = stages.run("shapes", lambda: self._shapes(stages.path("shapes")))
+        table = {name: recipe(name) for name in RECIPES}
+        networks = stages.run(
+            "networks", lambda: self._networks(stages.path("networks"), restarts, table)
+        )
         likelihood = {
             snr: stages.run(f"mle-snr{snr}", lambda snr=snr: self._mle(snr)) for snr in self.snrs
         }
         tested = {
-            snr: stages.run(f"test-snr{snr}", lambda snr=snr: self._test(snr, networks))
+            snr: stages.run(f"test-snr{snr}", lambda snr=snr: self._test(snr, networks, table))
             for snr in self.snrs
         }
+        kept = stages.run("kept", lambda: self._networks(stages.path("kept"), restarts, KEPT))
+        for snr in self.snrs:
+            tested[snr] |= stages.run(f"kept-snr{snr}", lambda snr=snr: self._test(snr, kept, KEPT))
+        inside = {
+            snr: stages.run(f"inside-snr{snr}", lambda snr=snr: self._inside(snr, networks | kept))
+            for snr in self.snrs
+        }
+        simulator = stages.run("black-box", lambda: self._black_box(stages.path("black-box")))
         loops = stages.run("straightforward", self._straightforward)
+        shapes = {}
+        for shape in SHAPES:
+            name = f"shape-{shape}"
+            found = stages.run(name, lambda s=shape, n=name: self._shape(stages.path(n), s))
+            shapes |= {f"{shape}/{k}": v for k, v in found.items()}
 
         weights = {k: v for k, v in networks.items() if not k.startswith("history/")}
         weights |= {"widths": np.array(mlp_widths(self.model)), "scale": self._scale()}
@@ -216,6 +253,10 @@ class _Study:
                 **{f"shapes/{k}": v for k, v in shapes.items()},
             },
         }
+        files["black-box.npz"] = simulator
+        files["inside.npz"] = {
+            f"snr{snr}/{k}": v for snr in self.snrs for k, v in inside[snr].items()
+        }
         for snr in self.snrs:
             files[f"grid-snr{snr}.npz"] = {**_part(likelihood[snr], "grid/"), **tested[snr]}
         results = {
@@ -223,6 +264,12 @@ class _Study:
             "maximum-likelihood": {
                 f"snr{snr}": {k: float(v) for k, v in _part(likelihood[snr], "share/").items()}
                 for snr in self.snrs
+            },
+            "black-box": {
+                "rmse of v": {
+                    str(name): float(simulator[f"rmse/{name}"][:, -1].mean())
+                    for name in simulator["estimators"]
+                }
             },
             "speed": self._speed(stages.seconds, restarts, networks, tested, loops),
         }
@@ -248,6 +295,9 @@ class _Study:
     def _labelled(self, snr: int, arrays: Mapping) -> Dataset:
         dataset = self._dataset(snr)
         labels = {name: Labels(**_part(arrays, f"{name}/")) for name in NOISES}
+        rician = labels["mle-rician"]
+        everywhere = np.isfinite(rician.values).all(axis=1)
+        labels["mle-rician-kept"] = replace(rician, usable=everywhere)
         return dataset.with_labels(labels)
 
     def _scale(self) -> Array:
@@ -274,52 +324,53 @@ class _Study:
     def _order(self, replicate: int) -> int:
         return 1000 * self.seed + replicate
 
-    def _networks(self, checkpoint: Path, restarts: Mapping) -> dict[str, Array]:
+    def _networks(
+        self, checkpoint: Path, restarts: Mapping, recipes: Mapping[str, Recipe]
+    ) -> dict[str, Array]:
+        """All networks of some recipes, each replicate begun from one of the best restarts."""
         best = _part(restarts, "best/")
+        chosen = (self.high, "supervised-gt")  # the restarts themselves
         jobs = [
             (snr, name, replicate)
             for snr in self.snrs
-            for name in RECIPES
+            for name in recipes
             for replicate in range(self.scale.replicates)
-            if (snr, name) != (self.high, "supervised-gt")
+            if (snr, name) != chosen
         ]
         begin = Networks(mlp_widths(self.model), self._scale(), [0] * len(jobs))
         begin.load({k: v[[replicate for *_, replicate in jobs]] for k, v in best.items()})
-        tasks = [Task(self.datasets[s], recipe(n), self._order(r)) for s, n, r in jobs]
+        tasks = [Task(self.datasets[s], recipes[n], self._order(r)) for s, n, r in jobs]
         trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **self.options)
-        arrays = {f"snr{self.high}/supervised-gt/{k}": v for k, v in best.items()}
-        weights = trained.arrays()
+        arrays, weights = {}, trained.arrays()
+        if chosen[1] in recipes:
+            arrays |= {f"snr{chosen[0]}/{chosen[1]}/{k}": v for k, v in best.items()}
         for snr, name in dict.fromkeys(job[:2] for job in jobs):
             mine = [k for k, job in enumerate(jobs) if job[:2] == (snr, name)]
             arrays |= {f"snr{snr}/{name}/{k}": v[mine] for k, v in weights.items()}
         names = np.array([f"snr{s}/{n}/{r}" for s, n, r in jobs])
         return arrays | _history(history) | {"history/names": names}
 
-    def _shapes(self, checkpoint: Path) -> dict[str, Array]:
-        """Wider and deeper networks, and the standard shape as many times, all from scratch."""
-        arrays = {}
+    def _shape(self, checkpoint: Path, shape: str) -> dict[str, Array]:
+        """Networks of one shape for two recipes, all from scratch."""
         dataset = self.datasets[self.high]
-        for stream, (shape, options) in enumerate(SHAPES.items(), start=1):
-            count = self.scale.wide if shape == "wide" else 2 * self.scale.wide
-            names = [name for name in SHAPE_RECIPES for _ in range(count)]
-            tasks = [
-                Task(dataset, recipe(name), self._order(k % count)) for k, name in enumerate(names)
-            ]
-            begin = self._fresh(len(tasks), stream, **options)
-            trained, history = train_in_parallel(
-                begin, tasks, checkpoint=checkpoint.with_name(f"shapes-{shape}"), **self.options
-            )
-            found = [
-                self._evaluated(self.high, {"": self._estimator(trained.at([k]), self.high)})[""]
-                for k in range(len(trained))
-            ]
-            arrays |= {f"{shape}/{k}": v for k, v in _part(_history(history), "history/").items()}
-            arrays[f"{shape}/recipe"] = np.array(names)
-            arrays[f"{shape}/weights"] = np.array(sum(w[0].size for w in trained.arrays().values()))
-            arrays[f"{shape}/test"] = np.array(
-                [np.mean(np.sum((s.rmse / self._scale()) ** 2, axis=1)) for s in found]
-            )
-        return arrays
+        count = self.scale.wide if shape == "wide" else 2 * self.scale.wide
+        names = [name for name in SHAPE_RECIPES for _ in range(count)]
+        tasks = [
+            Task(dataset, recipe(name), self._order(k % count)) for k, name in enumerate(names)
+        ]
+        begin = self._fresh(len(tasks), 1 + list(SHAPES).index(shape), **SHAPES[shape])
+        trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **self.options)
+        each = {str(k): self._estimator(trained.at([k]), self.high) for k in range(len(trained))}
+        loss = [
+            np.mean(np.sum((found.rmse / self._scale()) ** 2, axis=1))
+            for found in self._evaluated(self.high, each).values()
+        ]
+        return {
+            **_part(_history(history), "history/"),
+            "recipe": np.array(names),
+            "weights": np.array(sum(w[0].size for w in trained.arrays().values())),
+            "test": np.array(loss),
+        }
 
     def _mle(self, snr: int) -> dict[str, Array]:
         """Maximum likelihood on the test grid, from the truth and from the mean tissue."""
@@ -348,19 +399,59 @@ class _Study:
             arrays[f"share/{name}, not converged"] = np.array(lost / voxels)
         return arrays
 
-    def _test(self, snr: int, networks: Mapping) -> dict[str, Array]:
-        """All networks of one SNR on the test grid, and how fast they are."""
+    def _test(self, snr: int, networks: Mapping, recipes: Mapping[str, Recipe]) -> dict[str, Array]:
+        """The networks of some recipes on the test grid of one SNR."""
+        arrays = {}
+        trained = self._stored(snr, networks, recipes)
+        for label, statistics in self._evaluated(snr, trained).items():
+            arrays |= _grid_arrays(label, statistics)
+        return {k.removeprefix("grid/"): v for k, v in arrays.items()}
+
+    def _inside(self, snr: int, networks: Mapping) -> dict[str, Array]:
+        """Errors over the test signals whose maximum likelihood lies inside the bounds.
+
+        Nodes of the grid with fewer than `FEWEST_INSIDE` such signals are left out.
+        """
+        noise = Rician(1 / snr)
+        trained = self._stored(snr, networks, INSIDE)
+        found = {label: self._accumulator() for label in ("mle-rician/0", *trained)}
+        for nodes, theta, signals in self._blocks(snr, f"inside the bounds, SNR {snr}"):
+            fit = fit_mle(self.model, noise, signals, start=theta)
+            found["mle-rician/0"].add(nodes, _masked(fit.theta, fit.at_bound))
+            for label, estimator in trained.items():
+                found[label].add(nodes, _masked(estimator.estimate(signals), fit.at_bound))
+        statistics = {label: accumulator.statistics() for label, accumulator in found.items()}
+        teacher = statistics["mle-rician/0"]
+        enough = teacher.valid >= FEWEST_INSIDE
+        arrays = {"nodes": np.array(enough.sum()), "share": np.array(np.mean(teacher.valid))}
+        arrays["share"] = arrays["share"] / self.scale.repeats
+        for name in ("mle-rician", *INSIDE):
+            replicates = [v for k, v in statistics.items() if k.rsplit("/", 1)[0] == name]
+            for metric in ("bias", "sd", "rmse"):
+                own = [np.abs(getattr(v, metric))[enough] for v in replicates]
+                rival = np.abs(getattr(teacher, metric))[enough]
+                arrays[f"{name}/{metric}"] = np.mean(own, axis=1)
+                arrays[f"{name}/wins/{metric}"] = np.mean(own < rival, axis=1)
+        return arrays
+
+    def _stored(
+        self, snr: int, networks: Mapping, recipes: Iterable[str]
+    ) -> dict[str, NetworkEstimator]:
         trained = {}
-        for name in RECIPES:
+        for name in recipes:
             weights = _part(networks, f"snr{snr}/{name}/")
             for replicate in range(self.scale.replicates):
                 network = Networks(mlp_widths(self.model), self._scale(), [0])
                 network.load({k: v[[replicate]] for k, v in weights.items()})
                 trained[f"{name}/{replicate}"] = self._estimator(network, snr)
-        arrays = {}
-        for label, statistics in self._evaluated(snr, trained).items():
-            arrays |= _grid_arrays(label, statistics)
-        return {k.removeprefix("grid/"): v for k, v in arrays.items()}
+        return trained
+
+    def _black_box(self, checkpoint: Path) -> dict[str, Array]:
+        """Networks for a simulator that has no derivative."""
+        scale = self.scale
+        return black_box.compare(
+            scale.simulated, scale.simulated_epochs, self.seed, checkpoint=checkpoint, progress=True
+        )
 
     def _straightforward(self) -> dict[str, Array]:
         """Seconds a fit and a training step take in the usual loops; our networks' voxels/s."""
@@ -457,6 +548,10 @@ class _Study:
 
 def _part(arrays: Mapping, prefix: str) -> dict:
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _masked(estimates: Array, hidden: NDArray[np.bool_]) -> Array:
+    return np.where(hidden[:, np.newaxis], np.nan, estimates)
 
 
 def _history(history: History) -> dict[str, Array]:
@@ -604,6 +699,20 @@ class Results:
         """`statistics` of every replicate; a list of one for maximum likelihood."""
         count = 1 if name.startswith("mle-") else self.replicates
         return [self.statistics(snr, name, replicate) for replicate in range(count)]
+
+    def inside(self, snr: int) -> dict[str, Array]:
+        """Errors over the test signals whose maximum likelihood lies inside the bounds.
+
+        Returns
+        -------
+        dict of str to array
+            ``NAME/bias``, ``NAME/sd``, ``NAME/rmse`` (replicates, parameters): mean over the
+            nodes of their magnitudes; ``NAME/wins/...``: share of nodes at which the network's
+            is smaller than that of maximum likelihood; ``share``: of such signals; ``nodes``:
+            those that have enough of them.
+        """
+        self._grid_file(snr)  # refuses an SNR that was not studied
+        return _part(self._arrays("inside.npz"), f"snr{snr}/")
 
     def training(self, stage: str) -> dict[str, Array]:
         """How training went.
