@@ -205,10 +205,10 @@ def test_page_does_not_scroll_sideways(visit: Visit, viewport: dict) -> None:
 
 
 @pytest.mark.parametrize("name", CHART_PAGES)
-def test_charts_draw_and_sliders_move_them(browser: Browser, server: str, name: str) -> None:
-    """Every chart has marks and a description; moving any slider changes its picture.
+def test_charts_draw_and_controls_change_them(browser: Browser, server: str, name: str) -> None:
+    """Every chart has marks and a description; any slider, list or box changes its picture.
 
-    Each slider is put back before the next one moves: with f at 0, Dfast rightly does nothing.
+    Each is put back before the next one moves: with f at 0, Dfast rightly does nothing.
     """
     with browser.new_context(viewport=DESKTOP) as context:
         page = context.new_page()
@@ -221,21 +221,34 @@ def test_charts_draw_and_sliders_move_them(browser: Browser, server: str, name: 
             described = chart.query_selector("[role=graphics-document]")
             assert (described.get_attribute("aria-label") or "").strip()
             assert picture.query_selector("path, circle, text, image")
-            for slider in chart.query_selector_all("input[type=range]"):
-                before, value = picture.inner_html(), slider.evaluate("(s) => s.value")
-                far_end = slider.evaluate("(s) => +s.value > (+s.min + +s.max) / 2 ? s.min : s.max")
-                label = slider.evaluate("(s) => s.closest('label')?.textContent || s.name")
-                move(page, slider, far_end)
-                assert picture.inner_html() != before, f"slider {label!r} changes nothing"
-                move(page, slider, value)
-                assert picture.inner_html() == before, f"slider {label!r} does not come back"
+            for control in chart.query_selector_all("input, select"):
+                before, value = picture.screenshot(), control.evaluate(STATE)
+                label = control.evaluate("(c) => c.closest('label')?.textContent || c.name")
+                move(page, control, control.evaluate(OTHER_STATE))
+                assert picture.screenshot() != before, f"{label!r} changes nothing"
+                move(page, control, value)
+                assert picture.screenshot() == before, f"{label!r} does not come back"
 
 
-def move(page: Page, slider: ElementHandle, value: str) -> None:
-    """Set a slider and let the chart follow."""
-    slider.evaluate(
-        "(s, value) => { s.value = value; s.dispatchEvent(new Event('input', {bubbles: true})); }",
-        value,
+# What a slider, a list or a box says now, and something else that it could say.
+STATE = "(c) => c.type === 'checkbox' ? c.checked : c.value"
+OTHER_STATE = """(c) => {
+  if (c.type === 'checkbox') return !c.checked;
+  if (c.type === 'range') return +c.value > (+c.min + +c.max) / 2 ? c.min : c.max;
+  return [...c.options].map((option) => option.value).filter((v) => v !== c.value).pop();
+}"""
+
+
+def move(page: Page, control: ElementHandle, state: str | bool) -> None:
+    """Set a slider, a list or a box and let the chart follow."""
+    control.evaluate(
+        """(c, state) => {
+          if (c.type === 'checkbox') c.checked = state;
+          else c.value = state;
+          for (const name of ['input', 'change'])
+            c.dispatchEvent(new Event(name, {bubbles: true}));
+        }""",
+        state,
     )
     page.wait_for_timeout(300)
 

@@ -78,6 +78,9 @@ def tracked_files() -> list[Path]:
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)
+each_lesson = pytest.mark.parametrize(
+    "path", [BOOK / "template.ipynb", *CHAPTERS], ids=lambda path: path.name
+)
 
 
 def test_every_page_in_the_contents_exists() -> None:
@@ -177,7 +180,7 @@ def test_notebook_lists_every_public_file_it_fetches(path: Path) -> None:
         assert name in listed
 
 
-@each_notebook
+@each_lesson
 def test_chapter_follows_the_template(path: Path) -> None:
     notebook = read(path)
     prose = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown"]

@@ -122,7 +122,11 @@ def folder(study: str) -> Path:
 
 
 def _how_to_make(study: str) -> str:
-    return f"run `qmri study {study} --scale quick`, or --scale paper for the paper's numbers"
+    protocol = ""
+    if study.endswith("-abdomen"):
+        study, protocol = study.removesuffix("-abdomen"), " --protocol abdomen"
+    command = f"qmri study {study} --scale quick{protocol}"
+    return f"run `{command}`, or the same with --scale paper for the paper's numbers"
 
 
 # Array files

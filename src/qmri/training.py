@@ -7,12 +7,13 @@ last checkpoint and ends with the same weights as if nothing had happened.
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,8 @@ def train(
     learning_rate : float
         Of Adam, with moments of 0.9 and 0.999 and no weight decay.
     checkpoint : path, optional
-        File that holds the state of the run; if it exists, the run goes on from there.
+        File that holds the state of the run; if it exists, the run goes on from there. It is
+        refused if it belongs to other tasks, first weights or settings.
     progress : bool
         Show a progress bar.
 
@@ -148,8 +150,10 @@ def train(
                 f"{model.measurements} signals"
             )
     run = _Run(networks, _Material(tasks), learning_rate)
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.restore(load_arrays(checkpoint))
+    if checkpoint is not None:
+        run.identify(networks, batch, patience)
+        if Path(checkpoint).exists():
+            run.restore(load_arrays(checkpoint))
     began, saved = time.monotonic() - run.seconds, time.monotonic()
     with (
         _one_thread(),
@@ -209,7 +213,7 @@ def train_in_parallel(
             settings = {"checkpoint": file, "progress": progress, **options}
             work = (networks.at(part), [tasks[k] for k in part], settings)
             jobs.append(pool.submit(_train_part, *work))
-        results = [job.result() for job in jobs]
+        results = [_result(job, part) for job, part in zip(jobs, parts, strict=True)]
     except BaseException:
         for process in list(pool._processes.values()):
             process.terminate()
@@ -224,6 +228,15 @@ def train_in_parallel(
         for number in range(workers):
             Path(f"{checkpoint}.part{number}of{workers}.npz").unlink(missing_ok=True)
     return trained, _merged(histories, back)
+
+
+def _result(job: Future, part: NDArray) -> tuple[dict[str, np.ndarray], History]:
+    try:
+        return job.result()
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"counted among networks {part.tolist()}, which shared a process: {error}"
+        ) from error
 
 
 def _cores() -> int:
@@ -373,6 +386,7 @@ class _Run:
         self.training: list[Array] = []
         self.validation: list[Array] = []
         self.seconds = 0.0
+        self.fingerprint = ""
         self._seat(networks.at(range(count)), None)
 
     @property
@@ -475,7 +489,18 @@ class _Run:
             arrays |= {f"{name}.{p}": value.numpy() for p, value in enumerate(values)}
         for name in _STATE:
             arrays[name] = np.array(getattr(self, name))
-        return arrays
+        return arrays | {"fingerprint": np.array(self.fingerprint)}
+
+    def identify(self, networks: Networks, batch: int, patience: int) -> None:
+        """Set the fingerprint of all that the result depends on but the number of epochs."""
+        digest = hashlib.sha256(self.material.rows.numpy().tobytes())
+        parts = (self.material.weights, self.material.table, self.material.training)
+        for values in (*(part.numpy() for part in parts), *networks.arrays().values()):
+            digest.update(values.tobytes())
+        kinds = [kind for kind, _ in self.material.kinds]
+        numbers = (self.learning_rate, batch, patience, self.material.seeds, kinds)
+        digest.update(repr((*numbers, self.material.kind.tolist())).encode())
+        self.fingerprint = digest.hexdigest()
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         if len(arrays["best_epoch"]) != len(self.best_epoch):
@@ -487,6 +512,11 @@ class _Run:
         kept = {n[5:]: value.shape for n, value in arrays.items() if n.startswith("best.")}
         if kept != shapes:
             raise ValueError(f"checkpoint is of networks with weights {kept}, expected {shapes}")
+        if str(arrays.get("fingerprint")) != self.fingerprint:
+            raise ValueError(
+                "checkpoint is of another run: its tasks, first weights or settings differ; "
+                "remove the file to start anew"
+            )
         for name in _STATE:
             value = arrays[name]
             setattr(self, name, list(value) if name in ("training", "validation") else value)

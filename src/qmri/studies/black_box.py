@@ -413,8 +413,8 @@ class Decoder(SignalModel):
 class DifferenceDecoder(Decoder):
     """The same, with a difference quotient over many steps of the staircase for a slope in v.
 
-    The two further calls of the simulator see the same spins, so that most of their Monte
-    Carlo error is shared and drops out of the difference.
+    The two further calls of the simulator see the same spins, so that the Monte Carlo error
+    that they share drops out of the difference.
 
     Parameters
     ----------

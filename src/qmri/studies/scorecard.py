@@ -202,7 +202,7 @@ class _PartA:
         held = {"slope": [], "information": []}
         text = []
         levels = self.grid.axes["Dfast"]
-        constant = float(np.sqrt(np.mean((levels - levels.mean()) ** 2)))
+        constant = float(np.mean(np.abs(levels - levels.mean())))  # mean over nodes, as below
         for snr in self.snrs:
 
             def of_dfast(name: str, metric: str, snr: int = snr) -> Array:

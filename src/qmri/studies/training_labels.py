@@ -99,8 +99,9 @@ class Scale:
         As for :func:`qmri.training.train`.
     repeats : int
         Noisy signals at each node of the test grid.
-    wide : int
-        Networks trained of the wide shape, for each of two recipes.
+    wide, shape_epochs : int
+        Networks trained of the wide shape, for each of two recipes (twice as many of the
+        others), and epochs at most.
     simulated, simulated_epochs : int
         Signals of the simulator without a derivative, and epochs at most.
     timed_fits, timed_steps : int
@@ -115,6 +116,7 @@ class Scale:
     batch: int
     repeats: int
     wide: int
+    shape_epochs: int
     simulated: int
     simulated_epochs: int
     timed_fits: int
@@ -126,8 +128,36 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "abdomen": Protocol((0, 10, 25, 50, 100, 200, 300, 400, 500), (8, 15, 30)),
 }
 SCALES: Mapping[str, Scale] = {
-    "quick": Scale(20_000, 4, 3, 40, 10, 128, 50, 1, 8_000, 150, 50, 50),
-    "paper": Scale(100_000, 16, 3, 400, 20, 128, 500, 1, 20_000, 250, 200, 500),
+    "quick": Scale(
+        voxels=20_000,
+        restarts=4,
+        replicates=3,
+        epochs=40,
+        patience=10,
+        batch=128,
+        repeats=50,
+        wide=1,
+        shape_epochs=40,
+        simulated=8_000,
+        simulated_epochs=150,
+        timed_fits=50,
+        timed_steps=50,
+    ),
+    "paper": Scale(
+        voxels=100_000,
+        restarts=16,
+        replicates=3,
+        epochs=400,
+        patience=20,
+        batch=128,
+        repeats=500,
+        wide=1,
+        shape_epochs=150,
+        simulated=20_000,
+        simulated_epochs=250,
+        timed_fits=200,
+        timed_steps=500,
+    ),
 }
 
 
@@ -190,6 +220,11 @@ class _Study:
     """The stages of one run; each depends on earlier ones and on the settings alone."""
 
     def __init__(self, scale: Scale, protocol: Protocol, seed: int):
+        if scale.replicates > scale.restarts:
+            raise ValueError(
+                f"replicates must not be more than restarts, {scale.restarts}, since each begins "
+                f"from another one, got {scale.replicates}"
+            )
         self.scale, self.seed = scale, seed
         self.model = IVIM(protocol.bvalues)
         self.grid = Grid.regular(self.model, POINTS)
@@ -253,7 +288,11 @@ class _Study:
                 **{f"shapes/{k}": v for k, v in shapes.items()},
             },
         }
-        files["black-box.npz"] = simulator
+        # Times differ from run to run: they stand in the manifest, not in a file with a checksum.
+        times = _part(simulator, "seconds/")
+        files["black-box.npz"] = {
+            k: v for k, v in simulator.items() if not k.startswith("seconds/")
+        }
         files["inside.npz"] = {
             f"snr{snr}/{k}": v for snr in self.snrs for k, v in inside[snr].items()
         }
@@ -269,7 +308,8 @@ class _Study:
                 "rmse of v": {
                     str(name): float(simulator[f"rmse/{name}"][:, -1].mean())
                     for name in simulator["estimators"]
-                }
+                },
+                "seconds": {name: float(value) for name, value in times.items()},
             },
             "speed": self._speed(stages.seconds, restarts, networks, tested, loops),
         }
@@ -359,7 +399,8 @@ class _Study:
             Task(dataset, recipe(name), self._order(k % count)) for k, name in enumerate(names)
         ]
         begin = self._fresh(len(tasks), 1 + list(SHAPES).index(shape), **SHAPES[shape])
-        trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **self.options)
+        options = {**self.options, "epochs": self.scale.shape_epochs}
+        trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **options)
         each = {str(k): self._estimator(trained.at([k]), self.high) for k in range(len(trained))}
         loss = [
             np.mean(np.sum((found.rmse / self._scale()) ** 2, axis=1))

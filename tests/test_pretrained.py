@@ -1,0 +1,111 @@
+"""Stored networks: there by name, good for what they say, and refused for anything else."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+import qmri
+from qmri import IVIM, Rician, cli
+from qmri.artefacts import MissingArtefacts, Study
+from qmri.losses import recipe
+
+BVALUES = (0, 10, 20, 30, 50, 80, 100, 200, 400, 800)
+MODEL = IVIM(BVALUES)
+NAMES = [name for name in qmri.estimators() if name.startswith("ivim/")]
+GOOD = "ivim/snr15/supervised-mle-rician"
+
+
+def tissue_and_signals(snr: float, voxels: int = 2000):
+    rng = np.random.default_rng(1)
+    theta = MODEL.sample(voxels, rng)
+    return theta, Rician(1 / snr).sample(MODEL.signal(theta), rng)
+
+
+def test_networks_of_the_first_paper_are_there():
+    for snr in (15, 30):
+        for name in (
+            "supervised-gt",
+            "self-supervised",
+            "supervised-mle-rician",
+            "supervised-mle-gaussian",
+            "hybrid-0.5",
+            "supervised-mle-rician-f",
+            "supervised-mle-rician-dslow",
+            "supervised-mle-rician-dfast",
+        ):
+            assert f"ivim/snr{snr}/{name}" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_learnt_what_it_was_taught(name):
+    """Its estimates follow the truth; of one that was taught a single parameter, that one."""
+    found = qmri.load_estimator(name)
+    assert found.name == name and found.names == MODEL.names
+    assert f"snr{found.snr:g}" == name.split("/")[1]
+    theta, signals = tissue_and_signals(found.snr)
+    estimates = found.estimate(signals)
+    assert np.all(estimates >= 0)
+    for parameter in recipe(name.split("/")[2]).emphasis or MODEL.names:
+        p = MODEL.names.index(parameter)
+        # Unrelated pairs would have a correlation of 0 +- 0.02.
+        assert np.corrcoef(theta[:, p], estimates[:, p])[0, 1] > 0.2
+
+
+def test_replicates_are_networks_of_their_own():
+    _, signals = tissue_and_signals(15, 100)
+    count = Study("training-labels").settings["replicates"]
+    found = [qmri.load_estimator(GOOD, replicate=k).estimate(signals) for k in range(count)]
+    np.testing.assert_array_equal(found[0], qmri.load_estimator(GOOD).estimate(signals))
+    for k in range(1, count):
+        # Alike, for they learnt the same; not the same, for they began elsewhere.
+        assert not np.any(found[k] == found[0])
+        assert np.corrcoef(found[k][:, 2], found[0][:, 2])[0, 1] > 0.8
+
+
+def test_the_right_acquisition_and_noise_pass():
+    assert qmri.load_estimator(GOOD, bvalues=BVALUES, snr=15).snr == 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "ivim/snr20/supervised-gt"}, "SNR 20, but networks were trained for 15 and 30"),
+        ({"name": "ivim/snr15/supervised"}, "'supervised', expected one of supervised-gt, self-"),
+        ({"name": "supervised-gt"}, "name must be like 'ivim/snr15/.*got 'supervised-gt'"),
+        ({"name": "epg/snr15/supervised-gt"}, "name must be like .*got 'epg/snr15/supervised-gt'"),
+        ({"name": GOOD.upper()}, "name must be like"),
+        ({"name": None}, "name must be like .*got None"),
+        ({"bvalues": BVALUES[:-1]}, f"bvalues are .*{GOOD} was trained for .*800.0. s/mm2"),
+        ({"bvalues": [0, *BVALUES[:-1]]}, f"bvalues are .*{GOOD} was trained for"),
+        ({"snr": 30}, f"snr is 30, but {GOOD} was trained for SNR 15"),
+        ({"replicate": 99}, "replicate must be from 0 to [0-9]+, got 99"),
+        ({"replicate": -1}, "replicate must be from 0 to [0-9]+, got -1"),
+        ({"replicate": 0.5}, "replicate must be from 0 to [0-9]+, got 0.5"),
+    ],
+)
+def test_a_network_that_there_is_not(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        qmri.load_estimator(**{"name": GOOD, **arguments})
+
+
+class TestWithoutArtefacts:
+    @pytest.fixture(autouse=True)
+    def nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("QMRI_ARTEFACTS", str(tmp_path))
+
+    def test_no_network_is_listed(self):
+        assert qmri.estimators() == ()
+
+    @pytest.mark.parametrize(
+        ("name", "protocol"), [(GOOD, "paper"), (GOOD.replace("ivim", "ivim-abdomen"), "abdomen")]
+    )
+    def test_the_message_is_a_command_that_makes_them(self, name, protocol):
+        with pytest.raises(MissingArtefacts) as caught:
+            qmri.load_estimator(name)
+        command = re.search(r"`qmri ([^`]+)`", str(caught.value))[1]
+        options = cli._parser().parse_args(shlex.split(command))
+        assert (options.study, options.protocol) == ("training-labels", protocol)
