@@ -1,7 +1,8 @@
 """The scorecard: what the papers claim, what was measured here, and a verdict by rule.
 
-Each claim is broken into comparisons that either hold or do not, decided before the numbers
-were seen. All of them hold: reproduced. More than half: partly. Fewer: not reproduced.
+Each claim is broken into comparisons that either hold or do not. They were chosen before the
+numbers were seen, but for the slopes of A4, which came later and change no verdict.
+All of them hold: reproduced. More than half: partly. Fewer: not reproduced.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Row:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """A table with one line for each row, and below it what was measured for each."""
-    lines = ["| | Claim | Figure | Verdict | Comparisons that hold |", "|---|---|---|---|---|"]
+    lines = ["| | Claim | Figure | Verdict | Comparisons that hold |", "|:---|:---|:---|:---|:---|"]
     lines += [
         f"| {r.id} | {r.claim} | {r.figure} | **{r.verdict}** | {r.held} of {r.compared} |"
         for r in rows
