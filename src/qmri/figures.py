@@ -44,7 +44,7 @@ _LINES = {
     "self-supervised": {"color": "#009988", "linestyle": ":", "label": "Self-supervised"},
     "supervised-mle-rician": {
         "color": "#EE3377",
-        "linestyle": "-",
+        "linestyle": (0, (12, 1.5)),
         "label": "SupervisedMLE, Rician",
     },
     "supervised-mle-gaussian": {
@@ -69,7 +69,7 @@ _LINES = {
     },
     "supervised-mle-rician-dfast": {
         "color": "#332288",
-        "linestyle": (0, (1, 1)),
+        "linestyle": (0, (1, 2)),
         "label": r"SupervisedMLE, all on $D_\mathrm{fast}$",
     },
     "supervised-gt-mae": {
