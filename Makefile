@@ -44,6 +44,9 @@ $(HTML): $(INSTALLED) $(SOURCES)
 
 # One thread for linear algebra: SciPy's optimiser works on vectors of four numbers, and threads
 # that wait for each other slow it down several times.
+# Threads that wait must not spin. The library asks for that, but in vain where a chapter
+# imports PyTorch first.
+test notebooks: export OMP_WAIT_POLICY := passive
 test: export OPENBLAS_NUM_THREADS := 1
 test: $(HTML) ## test the library, the built pages and every notebook
 	$(BIN)/python -m pytest tests $(sort $(wildcard book/*.ipynb)) \
