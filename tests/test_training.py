@@ -414,6 +414,14 @@ class TestDivergence:
 
 
 @pytest.mark.slow
+@pytest.fixture
+def ctrl_c():
+    """Python's answer to Ctrl-C, also where a shell started the tests to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestInParallel:
     def test_it_agrees_with_one_process(self, data, tmp_path):
         begin, five = networks(data, 5), tasks(data, [*RECIPES, "hybrid-0.5"])
@@ -428,7 +436,7 @@ class TestInParallel:
         assert not found.diverged.any() and list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("seconds", [0.5, 6.0], ids=["starting", "at work"])
-    def test_it_can_be_interrupted(self, data, seconds):
+    def test_it_can_be_interrupted(self, data, seconds, ctrl_c):
         """Ctrl-C ends the workers too, at once."""
         begin, both = networks(data, 2), tasks(data)[:2]
 
