@@ -413,7 +413,6 @@ class TestDivergence:
         assert_same_weights(together.at([1]), alone, atol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.fixture
 def ctrl_c():
     """Python's answer to Ctrl-C, also where a shell started the tests to ignore it."""
@@ -422,6 +421,7 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 class TestInParallel:
     def test_it_agrees_with_one_process(self, data, tmp_path):
         begin, five = networks(data, 5), tasks(data, [*RECIPES, "hybrid-0.5"])
