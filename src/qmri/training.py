@@ -176,9 +176,7 @@ def train(
             f"the loss of networks {lost} was not finite from the first epoch on; try a smaller "
             f"learning_rate than {learning_rate:g}"
         )
-    return Networks(networks.widths, networks.scale.numpy(), [0] * len(tasks)).load(
-        run.best
-    ), history
+    return networks.at(range(len(networks))).load(run.best), history
 
 
 def train_in_parallel(
@@ -259,8 +257,6 @@ def _one_thread() -> Iterator[None]:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
 
 
 def _train_part(

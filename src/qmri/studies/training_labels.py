@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -193,9 +192,7 @@ def run(
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    name = "training-labels" + ("" if protocol == "paper" else f"-{protocol}")
+    name = _study_name(protocol)
     folder = artefacts.home() / name if out is None else Path(out)
     study = _Study(SCALES[scale], PROTOCOLS[protocol], seed)
     settings = {"scale": scale, "protocol": protocol, "seed": seed, **study.settings}
@@ -214,6 +211,12 @@ def run(
     artefacts.write_manifest(folder, manifest)
     logger.info("%s: %.0f s in all", folder, sum(stages.seconds.values()))
     return folder
+
+
+def _study_name(protocol: str) -> str:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    return "training-labels" + ("" if protocol == "paper" else f"-{protocol}")
 
 
 class _Study:
@@ -279,7 +282,7 @@ class _Study:
             shapes |= {f"{shape}/{k}": v for k, v in found.items()}
 
         weights = {k: v for k, v in networks.items() if not k.startswith("history/")}
-        weights |= {"widths": np.array(mlp_widths(self.model)), "scale": self._scale()}
+        weights |= {"widths": np.array(mlp_widths(self.model)), "scale": self._mean()}
         files = {
             pretrained.FILE: weights,
             "training.npz": {
@@ -340,12 +343,12 @@ class _Study:
         labels["mle-rician-kept"] = replace(rician, usable=everywhere)
         return dataset.with_labels(labels)
 
-    def _scale(self) -> Array:
+    def _mean(self) -> Array:
         return self.datasets[self.high].mean
 
     def _fresh(self, count: int, stream: int, **shape: int) -> Networks:
         seeds = self._rng(2, stream).integers(2**31, size=count).tolist()
-        return Networks(mlp_widths(self.model, **shape), self._scale(), seeds)
+        return Networks(mlp_widths(self.model, **shape), self._mean(), seeds)
 
     def _restarts(self, checkpoint: Path) -> dict[str, Array]:
         """Networks on the truth from many first weights; the best ones begin all others."""
@@ -377,7 +380,7 @@ class _Study:
             for replicate in range(self.scale.replicates)
             if (snr, name) != chosen
         ]
-        begin = Networks(mlp_widths(self.model), self._scale(), [0] * len(jobs))
+        begin = Networks(mlp_widths(self.model), self._mean(), [0] * len(jobs))
         begin.load({k: v[[replicate for *_, replicate in jobs]] for k, v in best.items()})
         tasks = [Task(self.datasets[s], recipes[n], self._order(r)) for s, n, r in jobs]
         trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **self.options)
@@ -403,7 +406,7 @@ class _Study:
         trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **options)
         each = {str(k): self._estimator(trained.at([k]), self.high) for k in range(len(trained))}
         loss = [
-            np.mean(np.sum((found.rmse / self._scale()) ** 2, axis=1))
+            np.mean(np.sum((found.rmse / self._mean()) ** 2, axis=1))
             for found in self._evaluated(self.high, each).values()
         ]
         return {
@@ -416,7 +419,7 @@ class _Study:
     def _mle(self, snr: int) -> dict[str, Array]:
         """Maximum likelihood on the test grid, from the truth and from the mean tissue."""
         arrays = {}
-        mean = self._scale()
+        mean = self._mean()
         for name, kind in NOISES.items():
             noise = kind(1 / snr)
             found = {start: self._accumulator() for start in ("truth", "mean")}
@@ -482,7 +485,7 @@ class _Study:
         for name in recipes:
             weights = _part(networks, f"snr{snr}/{name}/")
             for replicate in range(self.scale.replicates):
-                network = Networks(mlp_widths(self.model), self._scale(), [0])
+                network = Networks(mlp_widths(self.model), self._mean(), [0])
                 network.load({k: v[[replicate]] for k, v in weights.items()})
                 trained[f"{name}/{replicate}"] = self._estimator(network, snr)
         return trained
@@ -675,15 +678,14 @@ class Results:
     """
 
     def __init__(self, protocol: str = "paper", location: str | Path | None = None):
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-        name = "training-labels" + ("" if protocol == "paper" else f"-{protocol}")
+        name = _study_name(protocol)
         self.study = Study(name, location)
         settings = self.study.settings
         self.model = IVIM(settings["bvalues"])
         self.grid = Grid.regular(self.model, settings["points"])
         self.snrs = tuple(settings["snrs"])
         self.replicates = settings["replicates"]
+        self._files: dict[str, dict[str, Array]] = {}  # those read so far
 
     def __repr__(self) -> str:
         return f"<Results {self.study!r}>"
@@ -692,10 +694,6 @@ class Results:
     def label(self) -> str:
         """The scale, as figures state it: "paper scale" or "quick scale"."""
         return self.study.label
-
-    @cached_property
-    def _files(self) -> dict[str, dict[str, Array]]:
-        return {}
 
     def _arrays(self, file: str) -> dict[str, Array]:
         if file not in self._files:
