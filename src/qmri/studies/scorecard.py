@@ -66,9 +66,9 @@ class Row:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """A table with one line for each row, and below it what was measured for each."""
-    lines = ["| | Claim | Figure | Verdict | Comparisons that hold |", "|:---|:---|:---|:---|:---|"]
+    lines = ["| | Verdict | Claim | Figure | Comparisons that hold |", "|:---|:---|:---|:---|:---|"]
     lines += [
-        f"| {r.id} | {r.claim} | {r.figure} | **{r.verdict}** | {r.held} of {r.compared} |"
+        f"| {r.id} | **{r.verdict}** | {r.claim} | {r.figure} | {r.held} of {r.compared} |"
         for r in rows
     ]
     return "\n".join([*lines, "", *(f"- **{r.id}**: {r.measured}." for r in rows)])
