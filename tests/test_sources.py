@@ -24,6 +24,9 @@ from qmri.sources import (
     fetch,
     is_available,
     load_abdomen,
+    load_mt_basis,
+    load_mt_pulses,
+    load_mt_slice,
     load_phantom,
     load_relaxometry,
 )
@@ -483,15 +486,68 @@ def test_unknown_relaxometry():
         load_relaxometry("T1")
 
 
+def test_brain_slice_is_zero_outside_the_brain(real_data):
+    real_data("mt-brain/invivo_test_slice.mat")
+    scan = load_mt_slice()
+    assert scan.coefficients.shape == (175, 215, 13)
+    assert scan.coefficients.dtype == np.complex128
+    assert scan.mask.dtype == bool
+    assert np.isfinite(scan.coefficients).all()
+    assert not scan.coefficients[~scan.mask].any()
+    assert 0.3 < scan.mask.mean() < 0.7  # an axial slice of a brain fills half of its box
+
+
+def test_brain_slice_has_its_energy_in_the_first_coefficients(real_data):
+    """The basis is sorted by energy; real and imaginary parts mixed up would not be."""
+    real_data("mt-brain/invivo_test_slice.mat")
+    scan = load_mt_slice()
+    energy = np.mean(np.abs(scan.coefficients[scan.mask]) ** 2, axis=0)
+    assert energy[0] > 3 * energy[1:].max()
+    assert energy[:3].sum() > 0.9 * energy.sum()
+
+
+def test_published_basis_is_orthonormal_and_sorted(real_data):
+    real_data("mt-brain/basis_for_compress.mat")
+    basis, singular_values = load_mt_basis()
+    assert basis.shape == (1142, 13)
+    assert basis.dtype == np.complex128
+    np.testing.assert_allclose(basis.conj().T @ basis, np.eye(13), atol=1e-12)
+    assert singular_values.shape == (1142,)
+    assert np.all(np.diff(singular_values) <= 0)
+    assert np.sum(singular_values[13:] ** 2) < 0.01 * np.sum(singular_values**2)
+    np.testing.assert_array_equal(load_mt_basis(5)[0], basis[:, :5])
+
+
+@pytest.mark.parametrize("rank", [0, 101, -1, 2.5, "13", None, True])
+def test_rank_that_is_not_published(rank):
+    with pytest.raises(ValueError, match="rank: .* from 1 to 100"):
+        load_mt_basis(rank)
+
+
+def test_published_pulses_begin_with_an_inversion(real_data):
+    real_data("mt-brain/control_MT_v3p2_TR3p5ms_discretized.mat")
+    flip_angles, durations = load_mt_pulses()
+    assert flip_angles.shape == durations.shape == (1142,)
+    assert flip_angles[0] == pytest.approx(np.pi)
+    assert np.all((flip_angles > 0) & (flip_angles <= np.pi))
+    assert np.all((durations >= 1e-4) & (durations <= 5e-4 * (1 + 1e-9)))
+
+
 @pytest.mark.filterwarnings("error")
 def test_loading_is_silent(real_data, capfd):
     real_data(
         "ivim-abdomen/volunteer1.mat",
         "ivim-abdomen/phantom_flow.mat",
+        "mt-brain/basis_for_compress.mat",
+        "mt-brain/control_MT_v3p2_TR3p5ms_discretized.mat",
+        "mt-brain/invivo_test_slice.mat",
         "relaxometry-brain/t1dataset.npy",
         "relaxometry-brain/t2dataset.npy",
     )
     load_abdomen(1)
+    load_mt_basis()
+    load_mt_pulses()
+    load_mt_slice()
     load_phantom("flow")
     load_relaxometry("t1")
     load_relaxometry("t2")

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
+import h5py
 import numpy as np
 import requests
 import scipy.io
@@ -32,11 +33,15 @@ __all__ = [
     "AbdominalScan",
     "CorruptFile",
     "DataUnavailable",
+    "MTSlice",
     "RelaxometryScan",
     "Source",
     "fetch",
     "is_available",
     "load_abdomen",
+    "load_mt_basis",
+    "load_mt_pulses",
+    "load_mt_slice",
     "load_phantom",
     "load_relaxometry",
 ]
@@ -578,3 +583,99 @@ def load_relaxometry(parameter: str) -> RelaxometryScan:
         times_ms=np.array(times_ms, dtype=float),
         repetition_time_ms=repetition_time_ms,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class MTSlice:
+    """One brain slice, measured with the magnetization-transfer fingerprint.
+
+    Attributes
+    ----------
+    coefficients : (rows, columns, 13) complex128
+        The fingerprint of each voxel in the published basis, in scanner units.
+    mask : (rows, columns) bool
+        The brain as the authors cut it out: everything else is exactly zero.
+    """
+
+    coefficients: np.ndarray
+    mask: np.ndarray
+
+
+def load_mt_slice() -> MTSlice:
+    """The published brain slice: 13 complex coefficients in each voxel.
+
+    Returns
+    -------
+    MTSlice
+        175 rows, 215 columns.
+
+    Raises
+    ------
+    DataUnavailable, CorruptFile
+        As `fetch` does.
+
+    References
+    ----------
+    Zhang et al. 2022 {cite}`zhang2022crb`.
+    """
+    file = scipy.io.loadmat(fetch("mt-brain/invivo_test_slice.mat"), variable_names=["x"])
+    # All real parts first, then all imaginary parts.
+    real, imaginary = np.split(file["x"].astype(float), 2, axis=-1)
+    coefficients = real + 1j * imaginary
+    return MTSlice(coefficients=coefficients, mask=np.any(coefficients != 0, axis=-1))
+
+
+def load_mt_basis(rank: int = 13) -> tuple[np.ndarray, np.ndarray]:
+    """The published low-rank basis of the magnetization-transfer fingerprint.
+
+    Parameters
+    ----------
+    rank : int
+        How many basis vectors, from 1 to 100; the brain slice has 13 coefficients.
+
+    Returns
+    -------
+    basis : (1142, rank) complex128
+        Orthonormal columns, the strongest first. Their imaginary parts are rounding errors.
+    singular_values : (1142,)
+        All of them, falling, in the unit of the authors' training set.
+
+    Raises
+    ------
+    ValueError
+        If `rank` is not a whole number from 1 to 100.
+    DataUnavailable, CorruptFile
+        As `fetch` does.
+
+    References
+    ----------
+    Zhang et al. 2022 {cite}`zhang2022crb`.
+    """
+    if isinstance(rank, bool) or rank not in range(1, 101):
+        raise ValueError(f"rank: {rank!r} is not published; expected an integer from 1 to 100")
+    path = fetch("mt-brain/basis_for_compress.mat")
+    file = scipy.io.loadmat(path, variable_names=["u", "s"])
+    return np.ascontiguousarray(file["u"][:, : int(rank)]), file["s"].ravel()
+
+
+def load_mt_pulses() -> tuple[np.ndarray, np.ndarray]:
+    """The published pulse train of the magnetization-transfer fingerprint.
+
+    Returns
+    -------
+    flip_angles : (1142,) float64
+        In rad; the first is the inversion, pi.
+    durations : (1142,) float64
+        Lengths of the rectangular pulses, s.
+
+    Raises
+    ------
+    DataUnavailable, CorruptFile
+        As `fetch` does.
+
+    References
+    ----------
+    Assländer et al. 2022 {cite}`asslander2022bloch`.
+    """
+    with h5py.File(fetch("mt-brain/control_MT_v3p2_TR3p5ms_discretized.mat"), "r") as file:
+        return file["alpha"][...].ravel(), file["TRF"][...].ravel()
