@@ -13,6 +13,7 @@ from scipy.special import i0e, i1e
 
 from qmri import Gaussian, Rician
 from qmri.noise import (
+    ComplexGaussian,
     rician_bias,
     sigma_from_background,
     sigma_from_repeats,
@@ -124,6 +125,61 @@ class TestRician:
         np.testing.assert_array_equal(first, second)
 
 
+class TestComplexGaussian:
+    clean = np.array([[3 - 4j, 0.0, 1e-3j]])
+
+    def test_each_channel_is_normal_with_sd_sigma(self):
+        noisy = ComplexGaussian(0.5).sample(np.full((1, 100_000), 3 - 2j), np.random.default_rng(0))
+        for channel, mean in ((noisy.real, 3.0), (noisy.imag, -2.0)):
+            assert stats.kstest(channel[0], stats.norm(mean, 0.5).cdf).pvalue > 1e-3
+        # A correlation of n independent pairs is known to 1 / sqrt(n).
+        assert abs(np.corrcoef(noisy.real[0], noisy.imag[0])[0, 1]) < 4 / np.sqrt(100_000)
+
+    def test_magnitude_is_rician(self):
+        noise, clean = ComplexGaussian(0.2), np.full((1, 50_000), 0.3 + 0.4j)
+        magnitude = np.abs(noise.sample(clean, np.random.default_rng(1)))[0]
+        assert stats.kstest(magnitude, stats.rice(2.5, scale=0.2).cdf).pvalue > 1e-3
+
+    def test_nll_is_that_of_two_real_channels(self):
+        measured = self.clean + np.array([[0.3 + 0.1j, -2j, 0.7]])
+        both = sum(
+            Gaussian(0.7).nll(getattr(measured, part), getattr(self.clean, part))
+            for part in ("real", "imag")
+        )
+        np.testing.assert_allclose(ComplexGaussian(0.7).nll(measured, self.clean), both, rtol=1e-13)
+
+    def test_gradient_by_both_channels(self):
+        noise, h = ComplexGaussian(0.7), 1e-6
+        measured = self.clean + np.array([[0.3 + 0.1j, -2j, 0.7]])
+        real, imaginary = (
+            (noise.nll(measured, self.clean + step) - noise.nll(measured, self.clean - step))
+            / (2 * h)
+            for step in (h, 1j * h)
+        )
+        gradient = noise.nll_gradient(measured, self.clean)
+        np.testing.assert_allclose(gradient, real + 1j * imaginary, atol=1e-8)
+        terms = noise.quadratic_terms(measured, self.clean)
+        np.testing.assert_allclose(terms.gradient, gradient, rtol=1e-13)
+        np.testing.assert_allclose(terms.curvature, 1 / 0.7**2)
+
+    def test_information_of_a_channel_is_one_over_variance(self):
+        information = ComplexGaussian(0.25).fisher_information(self.clean)
+        assert information.dtype == np.float64
+        np.testing.assert_allclose(information, 16.0)
+
+    def test_impossible_measurements(self):
+        measured = np.array([[1j, np.nan, complex(0, np.inf), -1.0]])
+        np.testing.assert_array_equal(
+            ComplexGaussian(0.5).possible(measured), [[True, False, False, True]]
+        )
+
+    def test_same_seed_same_noise(self):
+        first, second = (
+            ComplexGaussian(0.1).sample(self.clean, np.random.default_rng(3)) for _ in range(2)
+        )
+        np.testing.assert_array_equal(first, second)
+
+
 class TestRicianInformation:
     @pytest.mark.parametrize("snr", np.geomspace(1e-3, 300, 25))
     def test_against_an_adaptive_integral(self, snr):
@@ -199,7 +255,7 @@ class TestQuadraticTerms:
         assert np.all((ratio > 0.9) & (ratio < 1.1))
 
 
-@pytest.mark.parametrize("kind", [Gaussian, Rician])
+@pytest.mark.parametrize("kind", [ComplexGaussian, Gaussian, Rician])
 class TestSigma:
     @pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf, [], [0.1, -0.1]])
     def test_bad_sigma_is_refused(self, kind, sigma):
