@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from qmri.crb import cramer_rao_bound, fisher_information
 from qmri.mle import Fit, MaximumLikelihood, fit_mle
 from qmri.models import IVIM, FunctionModel, Parameter, SignalModel
-from qmri.noise import Gaussian, Noise, Rician
+from qmri.noise import ComplexGaussian, Gaussian, Noise, Rician
 from qmri.pretrained import estimators, load_estimator
 from qmri.sources import fetch
 
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IVIM",
+    "ComplexGaussian",
     "Fit",
     "FunctionModel",
     "Gaussian",

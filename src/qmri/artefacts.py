@@ -123,8 +123,9 @@ def folder(study: str) -> Path:
 
 def _how_to_make(study: str) -> str:
     protocol = ""
-    if study.endswith("-abdomen"):
-        study, protocol = study.removesuffix("-abdomen"), " --protocol abdomen"
+    for name in ("abdomen", "default"):
+        if study.endswith(f"-{name}"):
+            study, protocol = study.removesuffix(f"-{name}"), f" --protocol {name}"
     command = f"qmri study {study} --scale quick{protocol}"
     return f"run `{command}`, or the same with --scale paper for the paper's numbers"
 

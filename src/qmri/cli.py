@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,29 +65,50 @@ def _parser() -> argparse.ArgumentParser:
 def _add_study(commands: argparse._SubParsersAction) -> None:
     study = commands.add_parser("study", help="run a paper's study and keep its results")
     studies = study.add_subparsers(dest="study", required=True)
-    labels = studies.add_parser(
+    _add_one_study(
+        studies,
         "training-labels",
-        help="what a network should learn: truth, maximum likelihood, or nothing",
+        _run_training_labels,
+        "what a network should learn: truth, maximum likelihood, or nothing",
+        ["paper", "abdomen"],
+        "b-values to train for: the paper's, or those of the public abdominal data",
+    )
+    _add_one_study(
+        studies,
+        "crb-loss",
+        _run_crb_loss,
+        "errors in units of the Cramer-Rao bound: networks for MT fingerprints",
+        ["published", "default"],
+        "train of pulses: the published one, which is fetched, or the library's own",
+    )
+
+
+def _add_one_study(
+    studies: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    protocols: Sequence[str],
+    meaning: str,
+) -> None:
+    study = studies.add_parser(
+        name,
+        help=summary,
         description="Train, compare and score every network of the study. A run that was "
         "interrupted goes on where it was when the same command is given again.",
     )
-    labels.add_argument(
+    study.add_argument(
         "--scale", choices=["quick", "paper"], required=True, help="how much to compute"
     )
-    labels.add_argument(
-        "--protocol",
-        choices=["paper", "abdomen"],
-        default="paper",
-        help="b-values to train for: the paper's, or those of the public abdominal data",
-    )
-    labels.add_argument("--seed", type=_seed, default=0, help="where random numbers start (0)")
-    labels.add_argument(
+    study.add_argument("--protocol", choices=protocols, default=protocols[0], help=meaning)
+    study.add_argument("--seed", type=_seed, default=0, help="where random numbers start (0)")
+    study.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results (that of the book)"
     )
-    labels.add_argument(
+    study.add_argument(
         "--fresh", action="store_true", help="start anew: forget what an earlier run finished"
     )
-    labels.set_defaults(run=_run_training_labels)
+    study.set_defaults(run=run)
 
 
 def _seed(text: str) -> int:
@@ -100,13 +121,17 @@ def _run_training_labels(options: argparse.Namespace) -> None:
     # Here, so that the other commands do not wait for PyTorch.
     from qmri.studies import training_labels
 
-    training_labels.run(
-        scale=options.scale,
-        protocol=options.protocol,
-        seed=options.seed,
-        out=options.out,
-        fresh=options.fresh,
-    )
+    training_labels.run(**_of_study(options))
+
+
+def _run_crb_loss(options: argparse.Namespace) -> None:
+    from qmri.studies import crb_loss
+
+    crb_loss.run(**_of_study(options))
+
+
+def _of_study(options: argparse.Namespace) -> dict:
+    return {name: getattr(options, name) for name in ("scale", "protocol", "seed", "out", "fresh")}
 
 
 def _add_fetch(commands: argparse._SubParsersAction) -> None:

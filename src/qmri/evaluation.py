@@ -29,6 +29,7 @@ __all__ = [
     "GridAccumulator",
     "GridStatistics",
     "Marginal",
+    "RepeatStatistics",
     "blocks",
     "densities",
     "difference_map",
@@ -36,6 +37,7 @@ __all__ = [
     "marginal",
     "mean_map",
     "mutual_information",
+    "repeat_statistics",
     "slope",
     "summary",
 ]
@@ -460,6 +462,77 @@ def evaluate(
             gathered.add(nodes, _estimates(estimator, signals, columns))
             bar.update(nodes.stop - nodes.start)
     return gathered.statistics()
+
+
+@dataclass(frozen=True, eq=False)
+class RepeatStatistics:
+    """Mean and spread of the estimates of each tissue over repeats of the noise.
+
+    Attributes
+    ----------
+    mean, sd : (tissues, parameters)
+        NaN where no signal could be estimated. The square of `sd` is the mean squared
+        deviation, so that mean squared error = bias^2 + sd^2 exactly.
+    valid : (tissues,)
+        Number of signals that could be estimated.
+    """
+
+    mean: Array
+    sd: Array
+    valid: NDArray[np.int64]
+
+
+def repeat_statistics(
+    estimator: Estimator, clean: ArrayLike, noise: Noise, repeats: int, seed: int = 0
+) -> RepeatStatistics:
+    """Bias and spread where tissue does not lie on a grid.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    clean : (tissues, measurements)
+        Noise-free signals, real or complex.
+    noise : Noise
+        With one sigma for all.
+    repeats : int
+        Noisy signals of each tissue, two or more.
+    seed : int
+        The noise of tissue i follows from (seed, i): the same for every estimator.
+
+    Returns
+    -------
+    RepeatStatistics
+
+    Raises
+    ------
+    ValueError
+        If `clean` does not have two axes, or there are fewer than two repeats.
+    """
+    clean = np.asarray(clean)
+    if clean.ndim != 2:
+        raise ValueError(f"clean must have shape (tissues, measurements), got {clean.shape}")
+    if repeats < 2:
+        raise ValueError(f"repeats must be 2 or more, got {repeats!r}")
+    shape = (len(clean), len(estimator.names))
+    mean, sd = np.full(shape, np.nan), np.full(shape, np.nan)
+    valid = np.zeros(len(clean), dtype=np.int64)
+    rows = max(1, VOXELS_PER_BLOCK // repeats)
+    for first in range(0, len(clean), rows):
+        part = slice(first, min(first + rows, len(clean)))
+        signals = [
+            noise.sample(np.tile(clean[i], (repeats, 1)), np.random.default_rng([_STREAM, seed, i]))
+            for i in range(part.start, part.stop)
+        ]
+        estimates = np.asarray(estimator.estimate(np.concatenate(signals)), dtype=np.float64)
+        estimates = estimates.reshape(len(signals), repeats, shape[1])
+        usable = np.isfinite(estimates).all(axis=2)
+        valid[part] = usable.sum(axis=1)
+        count = np.where(valid[part] > 0, valid[part], np.nan)[:, np.newaxis]
+        kept = np.where(usable[:, :, np.newaxis], estimates, 0.0)
+        mean[part] = kept.sum(axis=1) / count
+        away = np.where(usable[:, :, np.newaxis], kept - mean[part][:, np.newaxis], 0.0)
+        sd[part] = np.sqrt((away**2).sum(axis=1) / count)
+    return RepeatStatistics(mean, sd, valid)
 
 
 def densities(

@@ -1,34 +1,136 @@
 """What "close" means to a network: a table of labels, spaces and weights.
 
 Every network of the first paper is one line of `RECIPES`. The loss functions themselves take a
-batch of estimates of several networks side by side and know nothing about networks.
+batch of estimates of several networks side by side and know nothing about networks. The second
+paper's networks are told apart by their weight on each error alone: `FINGERPRINT_LOSSES`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from qmri.datasets import Dataset
 from qmri.models import Array, SignalModel
 
 __all__ = [
+    "FINGERPRINT_LOSSES",
     "RECIPES",
+    "FingerprintLoss",
     "Recipe",
     "absolute_error",
+    "fingerprint_loss",
     "hybrid",
     "overweighted",
     "recipe",
     "signal_error",
     "squared_error",
 ]
+
+
+@dataclass(frozen=True)
+class FingerprintLoss:
+    """What counts as an error of a parameter estimated from a fingerprint.
+
+    Parameters
+    ----------
+    measure : {"crb", "squared", "relative"}
+        The squared error divided by the Cramer-Rao bound; the squared error in SI units; the
+        absolute error divided by the truth.
+    only : str, optional
+        The one parameter that counts; all of them by default.
+
+    References
+    ----------
+    Zhang et al. {cite}`zhang2022crb`.
+    """
+
+    measure: str
+    only: str | None = None
+
+    def __post_init__(self):
+        if self.measure not in ("crb", "squared", "relative"):
+            raise ValueError(
+                f"measure must be 'crb', 'squared' or 'relative', got {self.measure!r}"
+            )
+
+    @property
+    def power(self) -> int:
+        """To which the error is raised: 1 or 2."""
+        return 1 if self.measure == "relative" else 2
+
+    def weights(self, truth: ArrayLike, crb: ArrayLike, names: Sequence[str]) -> Array:
+        """Factors on the errors, raised to `power`, whose mean is the loss.
+
+        Parameters
+        ----------
+        truth, crb : (n, targets)
+        names : sequence of str
+            Of the targets.
+
+        Returns
+        -------
+        (n, targets)
+            0 where the bound is infinite, if it counts, and for parameters that do not. Others
+            are scaled up to make good for them: the loss is the mean over parameters that count
+            of the mean over their samples that do.
+
+        Raises
+        ------
+        ValueError
+            If a bound is infinite for all samples, or a truth is zero where it divides.
+        """
+        truth, crb = np.asarray(truth, dtype=np.float64), np.asarray(crb, dtype=np.float64)
+        weights = np.ones_like(truth)
+        if self.measure == "crb":
+            counted = np.isfinite(crb)
+            if not counted.any(axis=0).all():
+                raise ValueError("crb must be finite for some samples of each parameter")
+            weights = 1 / crb / counted.mean(axis=0)
+        elif self.measure == "relative":
+            if np.any(truth == 0):
+                raise ValueError(
+                    f"truth must not be zero for relative errors, got {int(np.sum(truth == 0))} "
+                    "zeros"
+                )
+            weights = 1 / np.abs(truth)
+        if self.only is not None:
+            if self.only not in names:
+                raise ValueError(f"only must be one of {tuple(names)}, got {self.only!r}")
+            weights = weights * np.where(np.array(names) == self.only, len(names), 0)
+        return weights
+
+
+FINGERPRINT_LOSSES: Mapping[str, FingerprintLoss] = MappingProxyType(
+    {
+        "crb": FingerprintLoss("crb"),
+        "mse": FingerprintLoss("squared"),
+        "relative": FingerprintLoss("relative"),
+        "crb-m0s": FingerprintLoss("crb", only="m0s"),
+        "crb-t1": FingerprintLoss("crb", only="T1"),
+        "crb-t2f": FingerprintLoss("crb", only="T2f"),
+    }
+)
+
+
+def fingerprint_loss(name: str) -> FingerprintLoss:
+    """The loss of a name, one of `FINGERPRINT_LOSSES`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such loss.
+    """
+    if name not in FINGERPRINT_LOSSES:
+        raise ValueError(f"name must be one of {', '.join(FINGERPRINT_LOSSES)}, got {name!r}")
+    return FINGERPRINT_LOSSES[name]
 
 
 @dataclass(frozen=True)

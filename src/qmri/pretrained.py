@@ -8,12 +8,13 @@ from numpy.typing import ArrayLike
 
 from qmri.artefacts import MissingArtefacts, Study
 from qmri.models import IVIM
-from qmri.networks import NetworkEstimator, Networks
+from qmri.networks import FingerprintEstimator, FingerprintNetwork, NetworkEstimator, Networks
 
 __all__ = ["estimators", "load_estimator"]
 
 # The study behind the first part of a name.
 _STUDIES = {"ivim": "training-labels", "ivim-abdomen": "training-labels-abdomen"}
+_FINGERPRINTS = {"mt": "crb-loss"}
 _NAME = re.compile(r"(?P<family>[a-z-]+)/snr(?P<snr>\d+)/(?P<recipe>[a-z0-9.-]+)")
 FILE = "networks.npz"
 
@@ -31,6 +32,12 @@ def estimators() -> tuple[str, ...]:
             for snr in stored.settings["snrs"]
             for recipe in stored.settings["recipes"]
         ]
+    for family, study in _FINGERPRINTS.items():
+        try:
+            stored = Study(study)
+        except MissingArtefacts:
+            continue
+        names += [f"{family}/{loss}" for loss in stored.results["networks"]]
     return tuple(names)
 
 
@@ -39,33 +46,40 @@ def load_estimator(
     *,
     bvalues: ArrayLike | None = None,
     snr: float | None = None,
+    basis: ArrayLike | None = None,
     replicate: int = 0,
-) -> NetworkEstimator:
+) -> NetworkEstimator | FingerprintEstimator:
     """A stored network, ready to estimate.
 
     Parameters
     ----------
     name : str
-        One of `estimators`, e.g. ``"ivim/snr15/supervised-mle-rician"``.
+        One of `estimators`, e.g. ``"ivim/snr15/supervised-mle-rician"`` or ``"mt/crb"``.
     bvalues : (measurements,), optional
         s/mm2, of the signals to be estimated.
     snr : float, optional
         S0 / sigma of the signals to be estimated.
+    basis : (pulses, rank), optional
+        Of the coefficients to be estimated, for a network for fingerprints.
     replicate : int
         Which of the independently trained networks of that name; 0 is the one that the book
         shows, whatever came out of the others.
 
     Returns
     -------
-    NetworkEstimator
+    NetworkEstimator or FingerprintEstimator
 
     Raises
     ------
     ValueError
-        If there is no such network, or it was not trained for `bvalues` or `snr`.
+        If there is no such network, or it was not trained for `bvalues`, `snr` or `basis`.
     MissingArtefacts
         If the study has not been run; the message names the command.
     """
+    if isinstance(name, str) and name.split("/")[0] in _FINGERPRINTS:
+        return _load_fingerprint_estimator(name, bvalues, snr, basis, replicate)
+    if basis is not None:
+        raise ValueError(f"basis belongs to fingerprints, and {name!r} is not a network for them")
     match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None or match["family"] not in _STUDIES:
         raise ValueError(
@@ -99,4 +113,39 @@ def load_estimator(
     model = IVIM(settings["bvalues"])
     estimator = NetworkEstimator(network, model, float(match["snr"]), name)
     estimator.require(bvalues=bvalues, snr=snr)
+    return estimator
+
+
+def _load_fingerprint_estimator(
+    name: str,
+    bvalues: ArrayLike | None,
+    snr: float | None,
+    basis: ArrayLike | None,
+    replicate: int,
+) -> FingerprintEstimator:
+    for argument, value in (("bvalues", bvalues), ("snr", snr)):
+        if value is not None:
+            raise ValueError(
+                f"{argument} does not belong to fingerprints, which {name!r} is a network for"
+            )
+    family, _, loss = name.partition("/")
+    study = Study(_FINGERPRINTS[family])
+    stored = study.results["networks"]
+    if loss not in stored:
+        raise ValueError(
+            f"name must be one of {family}/{f', {family}/'.join(stored)}, got {name!r}"
+        )
+    if replicate != 0:
+        raise ValueError(f"replicate must be 0, the only one stored, got {replicate!r}")
+    prefix = f"{loss}/"
+    network = FingerprintNetwork(**stored[loss]["settings"]).load(
+        {
+            key.removeprefix(prefix): value
+            for key, value in study.arrays(FILE).items()
+            if key.startswith(prefix)
+        }
+    )
+    estimator = FingerprintEstimator(network, stored[loss]["basis"], name)
+    if basis is not None:
+        estimator.require(basis=basis)
     return estimator

@@ -132,9 +132,7 @@ def _first(w, c0, c1, unit):
         w[_PXF + k], w[_PYF + k], w[_PZF + k], w[_PXS + k], w[_PZS + k] = xf, yf, zf, 0.0, zs
         nxf = 0.5 * (w[_DF + k] * xf - w[_OF + k] * yf + w[_OM + k] * zf)
         nyf = 0.5 * (w[_OF + k] * xf + w[_DF + k] * yf)
-        nzf = 0.5 * (
-            w[_DZ + k] * zf - w[_OM + k] * xf + w[_E1 + k] * zs + w[_CF + k] * unit
-        )
+        nzf = 0.5 * (w[_DZ + k] * zf - w[_OM + k] * xf + w[_E1 + k] * zs + w[_CF + k] * unit)
         nxs = 0.5 * w[_OM + k] * zs
         nzs = 0.5 * (w[_E2 + k] * zf + w[_DZS + k] * zs + w[_CS + k] * unit)
         w[_XF + k], w[_YF + k], w[_ZF + k], w[_XS + k], w[_ZS + k] = nxf, nyf, nzf, nxs, nzs
@@ -151,21 +149,9 @@ def _next(w, c, unit):
         xf, yf, zf, xs, zs = w[_XF + k], w[_YF + k], w[_ZF + k], w[_XS + k], w[_ZS + k]
         nxf = w[_DF + k] * xf - w[_OF + k] * yf + w[_OM + k] * zf - w[_PXF + k]
         nyf = w[_OF + k] * xf + w[_DF + k] * yf - w[_PYF + k]
-        nzf = (
-            w[_DZ + k] * zf
-            - w[_OM + k] * xf
-            + w[_E1 + k] * zs
-            + w[_CF + k] * unit
-            - w[_PZF + k]
-        )
+        nzf = w[_DZ + k] * zf - w[_OM + k] * xf + w[_E1 + k] * zs + w[_CF + k] * unit - w[_PZF + k]
         nxs = w[_DS + k] * xs + w[_OM + k] * zs - w[_PXS + k]
-        nzs = (
-            w[_E2 + k] * zf
-            - w[_OM + k] * xs
-            + w[_DZS + k] * zs
-            + w[_CS + k] * unit
-            - w[_PZS + k]
-        )
+        nzs = w[_E2 + k] * zf - w[_OM + k] * xs + w[_DZS + k] * zs + w[_CS + k] * unit - w[_PZS + k]
         w[_PXF + k], w[_PYF + k], w[_PZF + k], w[_PXS + k], w[_PZS + k] = xf, yf, zf, xs, zs
         w[_XF + k], w[_YF + k], w[_ZF + k], w[_XS + k], w[_ZS + k] = nxf, nyf, nzf, nxs, nzs
         w[_AXF + k] += c * nxf
@@ -475,9 +461,7 @@ def _signals(theta, angles, durations, times, which, series, terms, table, signa
         xy = np.empty((pulses, 5, 2 * W))
         _load_tissue(w, theta, group * W)
         _prepare_free(w, times, free)
-        _columns_through_train(
-            w, columns, angles, durations, free, which, series, terms, table, xy
-        )
+        _columns_through_train(w, columns, angles, durations, free, which, series, terms, table, xy)
         _steady_state(columns, start)
         used = min(W, theta.shape[0] - group * W)
         for i in range(pulses):
@@ -510,9 +494,7 @@ def _signals_and_jacobians(
         sequences = np.empty((3, series.shape[1], _STATE))
         _load_tissue(w, theta, group * W)
         _prepare_free(w, times, free)
-        _columns_through_train(
-            w, columns, angles, durations, free, which, series, terms, table, xy
-        )
+        _columns_through_train(w, columns, angles, durations, free, which, series, terms, table, xy)
         _steady_state(columns, m)
         _copy(m, start, _STATE)
         for i in range(pulses):

@@ -106,7 +106,7 @@ class PulseTrain:
         Returns
         -------
         PulseTrain
-            Repetition time 3.5 ms. Flip angles are rounded to 1 urad and durations to 1 ns, so
+            Repetition time 3.5 ms. Flip angles are rounded to 1 urad and durations to 1 us, so
             that every computer makes the same train.
 
         Raises
@@ -126,8 +126,9 @@ class PulseTrain:
             flip_angles += (height - _LOWEST_FLIP_ANGLE) * bump
             durations += change * bump
             start += width
+        flip_angles, durations = np.round(flip_angles, 6), np.round(durations, 6)
         flip_angles[0], durations[0] = np.pi, _INVERSION_DURATION
-        return cls(np.round(flip_angles, 6), np.round(durations, 9), REPETITION_TIME)
+        return cls(flip_angles, durations, REPETITION_TIME)
 
     @property
     def pulses(self) -> int:

@@ -24,7 +24,7 @@ from qmri.evaluation import (
 from qmri.models import Array
 from qmri.studies.training_labels import Results
 
-__all__ = ["Row", "as_markdown", "part_a"]
+__all__ = ["Row", "as_markdown", "count", "part_a", "pm"]
 
 PARAMETERS = ("f", "Dslow", "Dfast")
 METRICS = ("bias", "sd", "rmse")
@@ -130,9 +130,9 @@ class _PartA:
                     held[metric].append(gt > other if metric == "bias" else gt < other)
         low = min(self.snrs)
         example = "; ".join(
-            f"{_LABEL[m]} {_pm(self.number(low, 'supervised-gt', 'Dfast', m))} against "
+            f"{_LABEL[m]} {pm(self.number(low, 'supervised-gt', 'Dfast', m))} against "
             f"{self.number(low, 'mle-rician', 'Dfast', m)[0]:.3g} of MLE and "
-            f"{_pm(self.number(low, 'supervised-mle-rician', 'Dfast', m))} of SupervisedMLE"
+            f"{pm(self.number(low, 'supervised-mle-rician', 'Dfast', m))} of SupervisedMLE"
             for m in METRICS
         )
         counts = ", ".join(f"{_LABEL[m]} {sum(h)} of {len(h)}" for m, h in held.items())
@@ -142,7 +142,7 @@ class _PartA:
             "likelihood",
             "2, 3",
             f"as claimed: {counts}. Dfast at SNR {low} (µm²/ms): {example}",
-            *_count(held.values()),
+            *count(held.values()),
         )
 
     def a2(self) -> Row:
@@ -162,7 +162,7 @@ class _PartA:
             "2, 3",
             "distance of the marginal curves to MLE's, as a share of SupervisedGT's distance "
             f"(median): {text}",
-            *_count([held]),
+            *count([held]),
         )
 
     def _distance(self, snr: int, name: str, parameter: str, metric: str) -> float:
@@ -185,7 +185,7 @@ class _PartA:
             for rival in LIKELIHOOD_LIKE:
                 held.append(gt.mean() < self.number(snr, rival, parameter, "slope").mean())
             mle = self.number(snr, "mle-rician", parameter, "slope")[0]
-            text.append(f"{parameter} {_pm(gt)} (MLE {mle:.2f})")
+            text.append(f"{parameter} {pm(gt)} (MLE {mle:.2f})")
         halves = len(PARAMETERS)
         shown = "; ".join(
             f"SNR {snr}: " + ", ".join(text[k * halves : (k + 1) * halves])
@@ -196,7 +196,7 @@ class _PartA:
             "SupervisedGT compresses the parameter space: estimates crowd to the centre",
             "2, 4",
             f"slope of the mean estimate against the truth, {shown}",
-            *_count([held]),
+            *count([held]),
         )
 
     def a4(self) -> Row:
@@ -215,9 +215,9 @@ class _PartA:
                     own = of_dfast("supervised-gt", measure).mean()
                     comparisons.append(lower and own < of_dfast(rival, measure).mean())
             text.append(
-                f"SNR {snr}: SupervisedGT RMSE {_pm(of_dfast('supervised-gt', 'rmse'))}, slope "
-                f"{_pm(of_dfast('supervised-gt', 'slope'))}, "
-                f"{_pm(of_dfast('supervised-gt', 'information'))} bits; MLE "
+                f"SNR {snr}: SupervisedGT RMSE {pm(of_dfast('supervised-gt', 'rmse'))}, slope "
+                f"{pm(of_dfast('supervised-gt', 'slope'))}, "
+                f"{pm(of_dfast('supervised-gt', 'information'))} bits; MLE "
                 f"{of_dfast('mle-rician', 'rmse')[0]:.3g}, "
                 f"{of_dfast('mle-rician', 'slope')[0]:.2f}, "
                 f"{of_dfast('mle-rician', 'information')[0]:.2f} bits"
@@ -231,7 +231,7 @@ class _PartA:
             + ". ".join(text)
             + f". Always answering the mean: RMSE {constant:.3g}, slope 0, 0 bits of at most "
             f"{np.log2(len(levels)):.2f}",
-            *_count(held.values()),
+            *count(held.values()),
         )
 
     def a5(self) -> Row:
@@ -253,7 +253,7 @@ class _PartA:
             + ", ".join(text)
             + "; Dfast RMSE among signals whose MLE is inside the bounds: "
             + ", ".join(self._inside_change(snr) for snr in self.snrs),
-            *_count([held]),
+            *count([held]),
         )
 
     def _inside_change(self, snr: int) -> str:
@@ -282,9 +282,9 @@ class _PartA:
             "information",
             "2, 9",
             f"SNR {snr}, slope of the Dslow bias in the top third of its range: "
-            f"{_pm(tilt['rician'])} against {_pm(tilt['gaussian'])}; information on Dslow: "
-            f"{_pm(bits['rician'])} against {_pm(bits['gaussian'])} bits",
-            *_count([held]),
+            f"{pm(tilt['rician'])} against {pm(tilt['gaussian'])}; information on Dslow: "
+            f"{pm(bits['rician'])} against {pm(bits['gaussian'])} bits",
+            *count([held]),
         )
 
     def a7(self) -> Row:
@@ -298,7 +298,7 @@ class _PartA:
                     wins.append(np.mean(np.abs(pupil) < teacher, axis=0)[self.columns()])
                 held += list(np.mean(wins, axis=0) > 0.5)
                 share = 100 * np.mean(wins, axis=1)
-                text.append(f"{_LABEL[metric]} {_pm(share)} % (SNR {snr})")
+                text.append(f"{_LABEL[metric]} {pm(share)} % (SNR {snr})")
         return Row(
             "A7",
             "SupervisedMLE often has lower bias, SD and RMSE than the MLE that labelled it",
@@ -307,12 +307,12 @@ class _PartA:
             + ", ".join(text)
             + "; RMSE among signals whose MLE is inside the bounds: "
             + ", ".join(self._inside_wins(snr) for snr in self.snrs),
-            *_count([held]),
+            *count([held]),
         )
 
     def _inside_wins(self, snr: int) -> str:
         found = self.results.inside(snr)["supervised-mle-rician/wins/rmse"]
-        return f"{_pm(100 * found[:, self.columns()].mean(axis=1))} % (SNR {snr})"
+        return f"{pm(100 * found[:, self.columns()].mean(axis=1))} % (SNR {snr})"
 
     def a8(self) -> Row:
         held, text = [], []
@@ -336,7 +336,7 @@ class _PartA:
                     between = (np.minimum(a, b) <= middle) & (middle <= np.maximum(a, b))
                     shares.append(100 * between.mean())
                 text.append(
-                    f"{'mean estimate' if metric == 'bias' else 'SD'} {_pm(np.array(shares))} % "
+                    f"{'mean estimate' if metric == 'bias' else 'SD'} {pm(np.array(shares))} % "
                     f"(SNR {snr})"
                 )
         return Row(
@@ -344,7 +344,7 @@ class _PartA:
             "The hybrid of alpha = 0.5 lies between its two parents",
             "10",
             "nodes at which it lies between them: " + ", ".join(text),
-            *_count([held]),
+            *count([held]),
         )
 
     def a9(self) -> Row:
@@ -359,7 +359,7 @@ class _PartA:
             text.append(
                 f"{_NAME[str(name)]}: "
                 + ", ".join(
-                    f"{shape} ({int(found[f'{shape}/weights'])} weights) {_pm(values)}"
+                    f"{shape} ({int(found[f'{shape}/weights'])} weights) {pm(values)}"
                     for shape, values in loss.items()
                 )
             )
@@ -368,7 +368,7 @@ class _PartA:
             "Wider (150 units) and deeper (10 layers) networks do no better",
             "text",
             f"weighted squared error on the test grid at SNR {max(self.snrs)}: " + "; ".join(text),
-            *_count([held]),
+            *count([held]),
         )
 
     def a10(self) -> Row:
@@ -385,7 +385,7 @@ class _PartA:
             "11, 12",
             "nodes at which SupervisedGT and SupervisedMLE rank by RMSE against their marginal "
             "ranking, in every replicate: " + ", ".join(text) + "; more than a tenth counts",
-            *_count([held]),
+            *count([held]),
         )
 
     def _reversed(self, snr: int, dslow: float, parameter: str) -> float:
@@ -423,7 +423,7 @@ class _PartA:
             "Self-supervised with differences in its place": "self-supervised-differences",
         }
         text = "; ".join(
-            f"{label} {_pm(of_v('rmse', name))} (slope {_pm(of_v('slope', name))})"
+            f"{label} {pm(of_v('rmse', name))} (slope {pm(of_v('slope', name))})"
             for label, name in others.items()
         )
         return Row(
@@ -432,7 +432,7 @@ class _PartA:
             "text",
             f"RMSE of the blood's speed v (mm/s), against {constant:.3g} of always answering the "
             f"mean: {text}",
-            *_count([held]),
+            *count([held]),
         )
 
     def a14(self) -> Row:
@@ -453,7 +453,7 @@ class _PartA:
             "Left open by the paper: is a mean absolute error better than a squared one?",
             "text",
             "change of RMSE with the absolute error: " + "; ".join(text),
-            *_count([held]),
+            *count([held]),
         )
 
 
@@ -466,12 +466,12 @@ _NAME = {
 }
 
 
-def _count(parts: Iterable[Sequence[bool]]) -> tuple[int, int]:
+def count(parts: Iterable[Sequence[bool]]) -> tuple[int, int]:
     every = [bool(value) for part in parts for value in part]
     return sum(every), len(every)
 
 
-def _pm(values: Array) -> str:
+def pm(values: Array) -> str:
     """Mean, and SD over replicates where there are several, to three digits and one."""
     if len(values) < 2:
         return f"{values.mean():.3g}"
