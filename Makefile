@@ -3,6 +3,7 @@
 PYTHON   ?= python3
 PIP_ARGS ?=
 SCALE    ?= quick
+STUDY    ?= training-labels
 CHAPTERS ?= $(sort $(wildcard book/*.ipynb))
 
 VENV := .venv
@@ -55,8 +56,8 @@ test: $(HTML) ## test the library, the built pages and every notebook
 notebooks: $(INSTALLED) ## execute the notebooks and store their outputs (CHAPTERS=book/... for one)
 	$(BIN)/python book/_tools/execute.py $(CHAPTERS)
 
-study: $(INSTALLED) ## run the study of training labels (SCALE=quick or paper); resumes
-	$(BIN)/qmri study training-labels --scale $(SCALE)
+study: $(INSTALLED) ## run STUDY=training-labels or crb-loss (SCALE=quick or paper); resumes
+	$(BIN)/qmri study $(STUDY) --scale $(SCALE)
 
 bench: $(INSTALLED) ## time the library against SciPy
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done

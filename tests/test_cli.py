@@ -25,7 +25,11 @@ STUDY = ["study", "training-labels", "--scale", "quick"]
 @pytest.fixture
 def study(monkeypatch):
     """A study that keeps what it was called with; `does` is what it does."""
-    module = ModuleType("qmri.studies.training_labels")
+    return stand_in(monkeypatch, "training_labels")
+
+
+def stand_in(monkeypatch, name):
+    module = ModuleType(f"qmri.studies.{name}")
     module.calls = []
     module.does = lambda: None
 
@@ -37,7 +41,7 @@ def study(monkeypatch):
     import qmri.studies
 
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(qmri.studies, "training_labels", module, raising=False)
+    monkeypatch.setattr(qmri.studies, name, module, raising=False)
     return module
 
 
@@ -57,12 +61,22 @@ def test_study_gets_the_options(study):
     ]
 
 
+def test_each_study_has_protocols_of_its_own(monkeypatch, capsys):
+    crb_loss = stand_in(monkeypatch, "crb_loss")
+    assert cli.main(["study", "crb-loss", "--scale", "quick"]) == 0
+    assert cli.main(["study", "crb-loss", "--scale", "quick", "--protocol", "default"]) == 0
+    assert [call["protocol"] for call in crb_loss.calls] == ["published", "default"]
+    with pytest.raises(SystemExit):
+        cli.main(["study", "crb-loss", "--scale", "quick", "--protocol", "abdomen"])
+    assert "invalid choice: 'abdomen'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "command"),
         (["reconstruct"], "invalid choice: 'reconstruct'"),
-        (["study"], "{training-labels}"),
+        (["study"], "{training-labels,crb-loss}"),
         (["study", "labels"], "invalid choice: 'labels'"),
         (["study", "training-labels"], "--scale"),
         (["study", "training-labels", "--scale", "huge"], "invalid choice: 'huge'"),

@@ -10,7 +10,8 @@ import pytest
 from qmri import networks, training
 from qmri.artefacts import load_arrays, read_manifest
 from qmri.mt import MTModel, PulseTrain
-from qmri.mt.basis import check_basis
+from qmri.mt.basis import check_basis, fingerprint
+from qmri.sources import DataUnavailable, load_mt_basis
 from qmri.studies import crb_loss
 from qmri.studies.crb_loss import NETWORKS, SCALES, STORED, VARIANTS, Results, Scale, run
 
@@ -175,3 +176,50 @@ class TestInterrupted:
 def test_unknown_choices_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         run(**arguments)
+
+
+@pytest.fixture(scope="module")
+def stored() -> Results:
+    return Results()
+
+
+class TestTheBooksRun:
+    """What `data/` holds; small enough for the repository, and of the code's own settings."""
+
+    def test_files_are_whole_and_small(self, stored):
+        files = stored.study.manifest.files
+        assert set(files) == FILES
+        for name in files:
+            stored.study.arrays(name)  # compares the checksum
+        assert sum(entry["bytes"] for entry in files.values()) < LIMIT
+
+    def test_settings_are_those_of_the_code(self, stored):
+        manifest = stored.study.manifest
+        for name, value in vars(SCALES[manifest.scale]).items():
+            assert manifest.settings[name] == value, name
+        assert manifest.settings["recipe"] == crb_loss.RECIPE
+        assert manifest.settings["paper_recipe"] == crb_loss.PAPER_RECIPE
+        assert set(manifest.settings["networks"]) == set(NETWORKS)
+        assert set(manifest.settings["variants"]) == set(VARIANTS)
+        assert manifest.command == f"qmri study crb-loss --scale {manifest.scale}"
+
+    def test_training_has_taught_something(self, stored):
+        """The CRB network is far below a constant answer, which costs hundreds."""
+        for replicate in stored.replicates_of("crb"):
+            losses = stored.history("crb", replicate)["validation/crb"].mean(axis=1)
+            assert losses[-1] < 2
+            assert losses[-1] < losses[0] / 2
+
+    @pytest.mark.slow
+    def test_the_published_train_gives_the_stored_fingerprints(self, stored):
+        """With the public data at hand: the same numbers from the simulator as committed."""
+        try:
+            train, basis = PulseTrain.published(), load_mt_basis(13)[0]
+        except DataUnavailable as error:
+            pytest.skip(str(error))
+        assert stored.study.settings["train"] == train.fingerprint
+        part = stored.fingerprints()
+        model = MTModel(train, basis)
+        expected = model.signal(part.theta[:64].astype(float))
+        np.testing.assert_allclose(part.coefficients[:64], expected, atol=1e-5)
+        assert fingerprint(basis) == stored.study.results["networks"]["crb"]["basis"]

@@ -10,6 +10,7 @@ import pytest
 
 from qmri import (
     IVIM,
+    ComplexGaussian,
     FunctionModel,
     Gaussian,
     MaximumLikelihood,
@@ -28,6 +29,7 @@ from qmri.evaluation import (
     marginal,
     mean_map,
     mutual_information,
+    repeat_statistics,
     slope,
     summary,
 )
@@ -553,3 +555,44 @@ def test_a_node_is_added_once():
     gathered.add(slice(0, 3), np.ones((6, 4)))
     with pytest.raises(ValueError, match="added before"):
         gathered.add(slice(2, 4), np.ones((4, 4)))
+
+
+class TestRepeatStatistics:
+    class Doubling:
+        """Estimates twice the first signal and, badly, the second."""
+
+        names = ("a", "b")
+
+        def estimate(self, signals):
+            found = np.stack([2 * signals[:, 0].real, signals[:, 1].real], axis=1)
+            return np.where(signals[:, :1].real > 50, np.nan, found)
+
+    def test_mean_and_spread_are_those_of_the_noise(self):
+        clean = np.array([[1.0 + 1j, 2.0], [3.0, 4.0], [-1.0, 0.0]])
+        found = repeat_statistics(self.Doubling(), clean, ComplexGaussian(0.1), 4000, seed=3)
+        error = 0.1 / np.sqrt(4000)
+        np.testing.assert_allclose(found.mean[:, 0], [2, 6, -2], atol=2 * 4 * error)
+        np.testing.assert_allclose(found.mean[:, 1], [2, 4, 0], atol=4 * error)
+        np.testing.assert_allclose(found.sd, np.tile([0.2, 0.1], (3, 1)), rtol=0.06)
+        assert found.valid.tolist() == [4000] * 3
+
+    def test_a_tissue_meets_the_same_noise_in_any_company(self):
+        clean = np.ones((5, 2)) * np.arange(5)[:, np.newaxis]
+        noise = Gaussian(0.1)
+        together = repeat_statistics(self.Doubling(), clean, noise, 30, seed=1)
+        alone = repeat_statistics(self.Doubling(), clean[:2], noise, 30, seed=1)
+        np.testing.assert_array_equal(together.mean[:2], alone.mean)
+
+    def test_what_cannot_be_estimated_is_counted(self):
+        clean = np.array([[100.0, 1.0], [1.0, 1.0]])
+        found = repeat_statistics(self.Doubling(), clean, Gaussian(0.1), 10)
+        assert found.valid.tolist() == [0, 10]
+        assert np.isnan(found.mean[0]).all() and np.isfinite(found.mean[1]).all()
+
+    @pytest.mark.parametrize(
+        ("clean", "repeats", "message"),
+        [(np.ones(3), 5, "clean must have shape"), (np.ones((2, 2)), 1, "repeats must be 2")],
+    )
+    def test_bad_input(self, clean, repeats, message):
+        with pytest.raises(ValueError, match=message):
+            repeat_statistics(self.Doubling(), clean, Gaussian(0.1), repeats)

@@ -12,6 +12,7 @@ import qmri
 from qmri import IVIM, Rician, cli
 from qmri.artefacts import MissingArtefacts, Study
 from qmri.losses import recipe
+from qmri.studies import crb_loss
 
 BVALUES = (0, 10, 20, 30, 50, 80, 100, 200, 400, 800)
 MODEL = IVIM(BVALUES)
@@ -109,3 +110,55 @@ class TestWithoutArtefacts:
         command = re.search(r"`qmri ([^`]+)`", str(caught.value))[1]
         options = cli._parser().parse_args(shlex.split(command))
         assert (options.study, options.protocol) == ("training-labels", protocol)
+
+
+@pytest.fixture(scope="module")
+def part():
+    return crb_loss.Results().fingerprints()
+
+
+class TestFingerprints:
+    NAMES = ("mt/crb", "mt/mse")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_is_there_and_follows_the_truth(self, name, part):
+        assert name in qmri.estimators()
+        found = qmri.load_estimator(name)
+        assert found.name == name and found.names == ("m0s", "T1", "T2f")
+        rng = np.random.default_rng(0)
+        noise = 0.005 * rng.standard_normal((*part.coefficients.shape, 2)).view(complex)[..., 0]
+        estimates = found.estimate(part.coefficients * np.exp(0.7j) + noise)
+        for p in range(3):
+            assert np.corrcoef(part.targets[:, p], estimates[:, p])[0, 1] > 0.4
+
+    def test_the_statistics_are_those_of_the_stored_network(self, part):
+        """Its mean over new noise agrees with the study's."""
+        study = crb_loss.Results()
+        tested, found = study.test("crb"), qmri.load_estimator("mt/crb")
+        rng = np.random.default_rng(1)
+        some = part.coefficients[:20]
+        phases = np.exp(2j * np.pi * rng.random((100, 1, 1)))
+        noise = 0.01 * rng.standard_normal((100, *some.shape, 2)).view(complex)[..., 0]
+        signals = 0.5 * phases * some + noise
+        mean = found.estimate(signals.reshape(-1, 13)).reshape(100, 20, 3).mean(axis=0)
+        repeats = study.study.settings["repeats"]
+        error = tested["sd"][:20] * np.sqrt(1 / 100 + 1 / repeats)
+        assert np.median(np.abs(mean - tested["mean"][:20]) / error) < 2
+
+    def test_another_basis_is_refused(self):
+        with pytest.raises(ValueError, match="was trained for 13 coefficients"):
+            qmri.load_estimator("mt/crb", basis=np.eye(1142, 13))
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("mt/mae", {}, "name must be one of mt/crb, mt/mse, got 'mt/mae'"),
+            ("mt/crb", {"snr": 15}, "snr does not belong to fingerprints"),
+            ("mt/crb", {"bvalues": BVALUES}, "bvalues does not belong to fingerprints"),
+            ("mt/crb", {"replicate": 1}, "replicate must be 0"),
+            (GOOD, {"basis": np.eye(3)}, "basis belongs to fingerprints"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, name, options, message):
+        with pytest.raises(ValueError, match=message):
+            qmri.load_estimator(name, **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qmri.artefacts import MissingArtefacts
-from qmri.studies import scorecard
+from qmri.studies import crb_loss, scorecard, scorecard_crb
 from qmri.studies.training_labels import Results
 
 PAGE = Path(__file__).parents[1] / "book" / "scorecard.ipynb"
@@ -23,6 +23,19 @@ def results() -> Results:
 @pytest.fixture(scope="module")
 def rows(results) -> list[scorecard.Row]:
     return scorecard.part_a(results)
+
+
+@pytest.fixture(scope="module")
+def fingerprints() -> crb_loss.Results:
+    try:
+        return crb_loss.Results()
+    except MissingArtefacts as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def rows_b(fingerprints) -> list[scorecard.Row]:
+    return scorecard_crb.part_b(fingerprints)
 
 
 def row(held: int, compared: int) -> scorecard.Row:
@@ -42,10 +55,12 @@ def test_a_verdict_is_a_count(held, compared, verdict):
     assert row(held, compared).verdict == verdict
 
 
-def test_every_simulated_claim_has_a_row(rows):
+def test_every_simulated_claim_has_a_row(rows, rows_b):
     assert [r.id for r in rows] == [f"A{k}" for k in (*range(1, 12), 14)]
-    assert all(0 <= r.held <= r.compared and r.compared >= 2 for r in rows)
-    assert all("nan" not in r.measured for r in rows)
+    assert [r.id for r in rows_b] == [f"B{k}" for k in (*range(1, 8), *range(10, 13))]
+    for r in [*rows, *rows_b]:
+        assert 0 <= r.held <= r.compared and r.compared >= 2
+        assert "nan" not in r.measured
 
 
 def test_the_table_has_a_line_for_each_row(rows):
@@ -70,7 +85,22 @@ def test_claims_can_fail(results):
         assert getattr(swapped, claim)().held < getattr(honest, claim)().held
 
 
-def test_the_page_shows_the_verdicts_of_the_stored_study(rows):
+def test_claims_about_the_crb_loss_can_fail(fingerprints):
+    """The two losses under each other's names."""
+    other = {"crb": "mse", "mse": "crb", "paper-crb": "paper-mse", "paper-mse": "paper-crb"}
+
+    class Swapped(crb_loss.Results):
+        def _of(self, file, name, replicate):
+            return super()._of(file, other.get(name, name), replicate)
+
+    swapped = Swapped(location=fingerprints.study.folder)
+    honest, dishonest = (scorecard_crb._PartB(r) for r in (fingerprints, swapped))
+    for claim in ("b2", "b4", "b7"):
+        held, compared = getattr(honest, claim)().held, getattr(honest, claim)().compared
+        assert getattr(dishonest, claim)().held == compared - held
+
+
+def test_the_page_shows_the_verdicts_of_the_stored_studies(rows, rows_b):
     """Read, not executed: a study that was run again without its page is noticed at once."""
     notebook = json.loads(PAGE.read_text(encoding="utf-8"))
     shown = [
@@ -81,3 +111,4 @@ def test_the_page_shows_the_verdicts_of_the_stored_study(rows):
         if "text/markdown" in output.get("data", {})
     ]
     assert scorecard.as_markdown(rows) in shown
+    assert scorecard.as_markdown(rows_b) in shown

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ive
+from scipy.special import i0e
 from tqdm import tqdm
 
 from qmri.crb import bound_from_jacobian, with_amplitude
@@ -25,6 +25,8 @@ _LOGARITHMIC = ("T1", "T2f")  # walked in their logarithm: positive, and their e
 _MIRRORED = 0.1  # share of the steps that change the sign of B0
 _BURN_IN = 0.2
 _CHAINS = 2
+_SIZES = (0.1, 1.5)  # of a step, in units of the best one for a Gaussian posterior
+_STUCK = 0.01  # of the steps: a chain that takes fewer has seen nothing of the posterior
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,8 @@ def bayes_floor(
     Raises
     ------
     ValueError
-        If shapes do not fit together or there are too few steps.
+        If shapes do not fit together, there are too few steps, or the noise is so small that
+        chains do not move.
 
     Notes
     -----
@@ -120,6 +123,12 @@ def bayes_floor(
         accepted += walk.step(rng)
         if step >= _BURN_IN * steps and step % thin == 0:
             counted.append(walk.weighted())
+    acceptance = accepted.reshape(_CHAINS, n).mean(axis=0) / steps
+    if np.any(acceptance < _STUCK):
+        raise ValueError(
+            f"sigma of {sigma:g} is too small for these chains: those of "
+            f"{int(np.sum(acceptance < _STUCK))} fingerprints do not move"
+        )
     weights, values = (np.array(x).reshape(len(counted), _CHAINS, n, targets) for x in
                        zip(*counted, strict=True))  # fmt: skip
     weight = weights.mean(axis=(0, 1))
@@ -130,7 +139,7 @@ def bayes_floor(
     spread = np.mean(weights * (values - mean) ** 2, axis=(0, 1))
     floor = spread + weight * (means[0] - means[1]) ** 2 / 4
     loss = walk.weight(theta, np.abs(m0)) * (mean - theta[:, :targets]) ** 2
-    return BayesFloor(floor, loss, accepted.reshape(_CHAINS, n).mean(axis=0) / steps)
+    return BayesFloor(floor, loss, acceptance)
 
 
 class _Walk:
@@ -173,13 +182,13 @@ class _Walk:
         size = rho[usable]
         overlap = np.abs(np.sum(self.y[usable].conj() * signal, axis=1)) * size / self.sigma**2
         power = np.sum(np.abs(signal) ** 2, axis=1) * size**2 / (2 * self.sigma**2)
-        possible[usable] += overlap + np.log(ive(0, overlap)) - power
+        possible[usable] += overlap + np.log(i0e(overlap)) - power
         possible[usable] += np.log(theta[usable][:, self.logarithmic]).sum(axis=1)
         return possible
 
     def step(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         n, p = self.theta.shape
-        size = 2.38 / np.sqrt(p + 1) * np.exp(rng.uniform(np.log(0.1), np.log(1.5), n))
+        size = 2.38 / np.sqrt(p + 1) * np.exp(rng.uniform(*np.log(_SIZES), n))
         move = np.einsum("nij,nj->ni", self.factors, rng.standard_normal((n, p + 1)))
         move *= size[:, np.newaxis]
         theta, rho = self.theta.copy(), self.rho + move[:, p]
