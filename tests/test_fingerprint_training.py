@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import time
+
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -11,7 +15,7 @@ from qmri.artefacts import load_arrays
 from qmri.datasets import Fingerprints
 from qmri.losses import FINGERPRINT_LOSSES, FingerprintLoss, fingerprint_loss
 from qmri.networks import FingerprintEstimator, FingerprintNetwork
-from qmri.training import train_fingerprints
+from qmri.training import FingerprintTask, train_fingerprints, train_fingerprints_in_parallel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -397,3 +401,84 @@ class TestInterruption:
         train_fingerprints(network(), *data, CRB, epochs=1, progress=True)
         shown = capsys.readouterr()
         assert shown.out == "" and "1/1" in shown.err
+
+
+FOREVER = """
+import numpy as np
+from qmri.datasets import Fingerprints
+from qmri.losses import fingerprint_loss
+from qmri.networks import FingerprintNetwork
+from qmri.training import FingerprintTask, train_fingerprints_in_parallel
+
+if __name__ == "__main__":
+    rng = np.random.default_rng(0)
+    data = Fingerprints(
+        rng.normal(size=(64, 3, 2)).view(complex)[..., 0],
+        rng.random((64, 7)) + 0.1,
+        np.ones((64, 3)),
+    )
+    options = {"epochs": 1_000_000, "batch": 8, "seed": 0}
+    task = FingerprintTask(FingerprintNetwork((6, 8, 3)), fingerprint_loss("crb"), options)
+    train_fingerprints_in_parallel({"a": task, "b": task}, data, data, workers=2)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """Left alone they would train on, beside those of the run that takes over."""
+    script = tmp_path / "forever.py"
+    script.write_text(FOREVER)
+    run = psutil.Popen([sys.executable, str(script)])
+    workers, deadline = [], time.monotonic() + 120
+    while len(workers) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        workers = [
+            child
+            for child in run.children(recursive=True)
+            if any("spawn_main" in part for part in child.cmdline())
+            and child.cpu_times().user > 1  # it has begun
+        ]
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+class TestInParallel:
+    def tasks(self):
+        networks = [FingerprintNetwork((2 * RANK, 16, 3), seed=k) for k in range(3)]
+        return {
+            f"network {k}": FingerprintTask(
+                network, fingerprint_loss(("crb", "mse", "relative")[k]),
+                {"epochs": 2, "batch": 64, "seed": k},
+            )
+            for k, network in enumerate(networks)
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_each_is_as_if_it_were_alone(self, workers, tmp_path):
+        training_set, validation = fingerprints(256), fingerprints(64, seed=1)
+        found = train_fingerprints_in_parallel(
+            self.tasks(), training_set, validation, workers=workers, checkpoint=tmp_path / "run.npz"
+        )
+        assert list(found) == list(self.tasks())
+        for name, task in self.tasks().items():
+            alone, history = train_fingerprints(
+                task.network, training_set, validation, task.loss, **task.options
+            )
+            network, together = found[name]
+            for key, value in alone.arrays().items():
+                np.testing.assert_array_equal(network.arrays()[key], value)
+            np.testing.assert_array_equal(together.training, history.training)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_loss_that_explodes_names_its_network(self):
+        tasks = self.tasks()
+        wild = FingerprintTask(
+            tasks["network 0"].network, fingerprint_loss("crb"),
+            {"epochs": 3, "batch": 64, "seed": 0, "learning_rate": 1e30},
+        )  # fmt: skip
+        with pytest.raises(FloatingPointError, match="no longer finite"):
+            train_fingerprints_in_parallel(
+                {"wild": wild}, fingerprints(256), fingerprints(64, seed=1), workers=1
+            )

@@ -326,8 +326,10 @@ class _Study:
             for label, task in tasks.items():
                 histories[label] = _part(found, f"{label}|history/")
                 if stage != "variants":
+                    # Tested as they are stored: in half precision, in half the space.
                     weights = _part(found, f"{label}|network/")
-                    trained[label] = task.network.copy().load(weights)
+                    rounded = {k: v.astype(np.float16) for k, v in weights.items()}
+                    trained[label] = task.network.copy().load(rounded)
 
         train_all("networks")
         floor = stages.run("floor", self._floor)
@@ -349,7 +351,7 @@ class _Study:
         weights = {}
         for name in STORED:
             for key, value in trained[f"{name}/0"].arrays().items():
-                weights[f"{name}/{key}"] = value
+                weights[f"{name}/{key}"] = value.astype(np.float16)
         # Times differ from run to run: they stand in the manifest, not in files with a checksum.
         files = {
             pretrained.FILE: {**weights, "basis": self.basis.astype(np.complex64)},
