@@ -26,6 +26,7 @@ _MIRRORED = 0.1  # share of the steps that change the sign of B0
 _BURN_IN = 0.2
 _CHAINS = 2
 _SIZES = (0.1, 1.5)  # of a step, in units of the best one for a Gaussian posterior
+_ROUNDING = 1e-11  # of a signal's energy: what two simulations of one tissue may differ by
 _STUCK = 0.01  # of the steps: a chain that takes fewer has seen nothing of the posterior
 
 
@@ -117,6 +118,10 @@ def bayes_floor(
         )
     if steps < 10 * thin:
         raise ValueError(f"steps must be at least {10 * thin}, got {steps!r}")
+    if np.sum(np.abs(y) ** 2, axis=1).max() * _ROUNDING > sigma**2:
+        raise ValueError(
+            f"sigma of {sigma:g} is too small: the simulator's rounding errors would outweigh it"
+        )
     walk = _Walk(model, y, theta, np.abs(m0), sigma, magnitude, targets)
     counted, accepted = [], np.zeros(len(walk.rho))
     for step in tqdm(range(steps), disable=not progress, unit="step", desc="posterior"):
