@@ -37,6 +37,7 @@ __all__ = [
     "MissingArtefacts",
     "Stages",
     "Study",
+    "carry_out",
     "describe_files",
     "folder",
     "home",
@@ -659,6 +660,59 @@ class Stages:
     def _write_time(self, name: str, seconds: float, finished: bool) -> None:
         with _replacing(self.work / f"{name}.seconds") as file:
             file.write(_json("seconds", {"seconds": round(seconds, 3), "finished": finished}))
+
+
+def carry_out(
+    study: str,
+    command: str,
+    settings: Mapping,
+    compute: Callable[[Stages], tuple[Mapping[str, Mapping], Mapping]],
+    *,
+    out: str | Path | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Compute a study, or go on with one that was interrupted, and keep what it leaves.
+
+    Parameters
+    ----------
+    study : str
+        Its name, which is also that of its folder.
+    command : str
+        What to type to make the files again, but for the seed, which is added if it is not 0.
+    settings : mapping
+        All that the results depend on, with ``scale`` and ``seed``.
+    compute : callable
+        Gets the stages, returns arrays by file name, and results for the manifest.
+    out : path, optional
+        Folder for the results; by default the one that the book reads.
+    fresh : bool
+        Forget what an earlier run has finished.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder; stages are kept beside it, in ``.work``.
+
+    Raises
+    ------
+    ValueError
+        If the work folder holds another run's stages.
+    """
+    target = home() / study if out is None else Path(out)
+    work = target.parent / ".work" / f"{target.name}-{settings['scale']}"
+    stages = (Stages.fresh if fresh else Stages)(work, settings)
+    files, results = compute(stages)
+    for file, arrays in files.items():
+        save_arrays(target / file, arrays)
+    seed = settings["seed"]
+    command += "" if seed == 0 else f" --seed {seed}"
+    manifest = Manifest(
+        study=study, scale=settings["scale"], command=command, seed=seed, settings=dict(settings),
+        stages=stages.seconds, files=describe_files(target, files), results=dict(results),
+    )  # fmt: skip
+    write_manifest(target, manifest)
+    logger.info("%s: %.0f s in all", target, sum(stages.seconds.values()))
+    return target
 
 
 def _checked_stage(name: str) -> str:

@@ -6,7 +6,6 @@ Zhang et al. {cite}`zhang2022crb`.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from qmri import artefacts, pretrained
-from qmri.artefacts import Manifest, Stages, Study
+from qmri.artefacts import Stages, Study
 from qmri.crb import bound_from_jacobian, bound_with_complex_parameters, with_amplitude
 from qmri.datasets import Fingerprints
 from qmri.evaluation import RepeatStatistics, repeat_statistics
@@ -45,7 +44,6 @@ from qmri.training import (
 
 __all__ = ["NETWORKS", "PROTOCOLS", "SCALES", "TARGETS", "VARIANTS", "Results", "Scale", "run"]
 
-logger = logging.getLogger(__name__)
 
 TARGETS = ("m0s", "T1", "T2f")
 RANK = 13
@@ -250,24 +248,13 @@ def run(
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     name = _study_name(protocol)
-    folder = artefacts.home() / name if out is None else Path(out)
     study = _Study(SCALES[scale], protocol, seed)
-    settings = {"scale": scale, "protocol": protocol, "seed": seed, **study.settings}
-    work = folder.parent / ".work" / f"{folder.name}-{scale}"
-    stages = (Stages.fresh if fresh else Stages)(work, settings)
-    files, results = study.compute(stages)
-    for file, arrays in files.items():
-        artefacts.save_arrays(folder / file, arrays)
     command = f"qmri study crb-loss --scale {scale}"
     command += "" if protocol == "published" else f" --protocol {protocol}"
-    command += "" if seed == 0 else f" --seed {seed}"
-    manifest = Manifest(
-        study=name, scale=scale, command=command, seed=seed, settings=settings,
-        stages=stages.seconds, files=artefacts.describe_files(folder, files), results=results,
+    return artefacts.carry_out(
+        name, command, {"scale": scale, "protocol": protocol, "seed": seed, **study.settings},
+        study.compute, out=out, fresh=fresh,
     )  # fmt: skip
-    artefacts.write_manifest(folder, manifest)
-    logger.info("%s: %.0f s in all", folder, sum(stages.seconds.values()))
-    return folder
 
 
 def _study_name(protocol: str) -> str:

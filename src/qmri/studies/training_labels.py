@@ -7,7 +7,6 @@ Epstein et al. {cite}`epstein2024labels`.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from qmri import artefacts, pretrained
-from qmri.artefacts import Manifest, Stages, Study
+from qmri.artefacts import Stages, Study
 from qmri.datasets import Dataset, Labels, mle_labels, simulate
 from qmri.evaluation import Grid, GridAccumulator, GridStatistics, blocks
 from qmri.losses import Recipe, recipe
@@ -35,7 +34,6 @@ from qmri.training import History, Task, train_in_parallel
 
 __all__ = ["PROTOCOLS", "SCALES", "Protocol", "Results", "Scale", "run"]
 
-logger = logging.getLogger(__name__)
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 RECIPES = (
@@ -193,24 +191,13 @@ def run(
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     name = _study_name(protocol)
-    folder = artefacts.home() / name if out is None else Path(out)
     study = _Study(SCALES[scale], PROTOCOLS[protocol], seed)
-    settings = {"scale": scale, "protocol": protocol, "seed": seed, **study.settings}
-    work = folder.parent / ".work" / f"{folder.name}-{scale}"
-    stages = (Stages.fresh if fresh else Stages)(work, settings)
-    files, results = study.compute(stages)
-    for file, arrays in files.items():
-        artefacts.save_arrays(folder / file, arrays)
     command = f"qmri study training-labels --scale {scale}"
     command += "" if protocol == "paper" else f" --protocol {protocol}"
-    command += "" if seed == 0 else f" --seed {seed}"
-    manifest = Manifest(
-        study=name, scale=scale, command=command, seed=seed, settings=settings,
-        stages=stages.seconds, files=artefacts.describe_files(folder, files), results=results,
+    return artefacts.carry_out(
+        name, command, {"scale": scale, "protocol": protocol, "seed": seed, **study.settings},
+        study.compute, out=out, fresh=fresh,
     )  # fmt: skip
-    artefacts.write_manifest(folder, manifest)
-    logger.info("%s: %.0f s in all", folder, sum(stages.seconds.values()))
-    return folder
 
 
 def _study_name(protocol: str) -> str:
