@@ -281,3 +281,20 @@ class TestBadInput:
     def test_not_a_train(self):
         with pytest.raises(ValueError, match="train must be a PulseTrain"):
             MTModel([1, 2, 3])
+
+
+class TestRangesOfATrain:
+    """A model's own bounds are tissue that it can simulate, whatever the train."""
+
+    @pytest.mark.parametrize("strongest", [np.pi, 3.5, 2 * np.pi])
+    def test_bounds_can_be_simulated(self, strongest):
+        train = PulseTrain(np.array([strongest, 0.5, 0.7]), np.full(3, 3e-4), TR)
+        model = MTModel(train)
+        for end in (0, 1):
+            theta = np.clip(TISSUE, *model.bounds.T)
+            theta[[4, 6]] = model.bounds[[4, 6], end]
+            assert np.isfinite(model.signal([theta])).all()
+
+    def test_pulses_beyond_the_line_shape_are_refused(self):
+        with pytest.raises(ValueError, match="train must have pulses that the line shape"):
+            MTModel(PulseTrain(np.array([1.0, 0.5]), np.array([1e-5, 2e-3]), TR))

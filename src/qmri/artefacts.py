@@ -44,6 +44,7 @@ __all__ = [
     "load_arrays",
     "read_manifest",
     "save_arrays",
+    "with_prefix",
     "write_manifest",
 ]
 
@@ -332,6 +333,11 @@ class Manifest:
     stages: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)
     results: dict = field(default_factory=dict)
+
+
+def with_prefix(arrays: Mapping, prefix: str) -> dict:
+    """Those arrays whose name begins with `prefix`, under the rest of their name."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def describe_files(folder: str | Path, names: Iterable[str]) -> dict[str, dict]:

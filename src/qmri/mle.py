@@ -122,8 +122,8 @@ def fit_mle(
     taken.
     """
     signals = _check_signals(model, signals)
-    limits = _check_bounds(model, bounds)
-    start = None if start is None else _check_start(model, limits, start, len(signals))
+    limits = model.check_bounds(bounds)
+    start = None if start is None else model.check_start(start, limits, len(signals))
 
     voxels, parameters = len(signals), len(model.parameters)
     theta = np.full((voxels, parameters), np.nan)
@@ -170,7 +170,7 @@ class MaximumLikelihood:
         noise: Noise,
         bounds: Mapping[str, tuple[float, float]] | None = None,
     ):
-        _check_bounds(model, bounds)
+        model.check_bounds(bounds)
         self.model, self.noise, self.bounds = model, noise, bounds
         self.names, self.units = model.names, model.units
 
@@ -203,37 +203,6 @@ def _check_signals(model: SignalModel, signals: ArrayLike) -> Array:
             f"measurement of {model!r}, got {signals.shape}"
         )
     return signals
-
-
-def _check_bounds(model: SignalModel, bounds: Mapping[str, tuple[float, float]] | None) -> Array:
-    limits = model.bounds.copy()
-    for name, pair in (bounds or {}).items():
-        if name not in model.names:
-            raise ValueError(f"bounds must name parameters among {model.names}, got {name!r}")
-        values = np.asarray(pair, dtype=np.float64)
-        if values.shape != (2,) or not np.all(np.isfinite(values)) or values[0] > values[1]:
-            raise ValueError(
-                f"bounds[{name!r}] must be a finite (low, high) with low <= high, got {pair!r}"
-            )
-        limits[model.names.index(name)] = values
-    return limits
-
-
-def _check_start(model: SignalModel, limits: Array, start: ArrayLike, voxels: int) -> Array:
-    start = np.asarray(start, dtype=np.float64)
-    expected = (voxels, len(model.parameters))
-    if start.shape not in (expected, expected[1:]):
-        raise ValueError(f"start must have shape {expected} or {expected[1:]}, got {start.shape}")
-    start = np.broadcast_to(start, expected)
-    outside = ~((start >= limits[:, 0]) & (start <= limits[:, 1]))
-    if outside.any():
-        voxel, parameter = np.argwhere(outside)[0]
-        raise ValueError(
-            f"start must lie within the bounds: {model.names[parameter]} of voxel {voxel} is "
-            f"{start[voxel, parameter]:g}, expected {limits[parameter, 0]:g} to "
-            f"{limits[parameter, 1]:g}"
-        )
-    return start
 
 
 def _best_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -221,6 +221,70 @@ class SignalModel(ABC):
                 f"{', '.join(self.names)}, got {theta.shape}"
             )
         return theta
+
+    def check_bounds(self, bounds: Mapping[str, tuple[float, float]] | None) -> Array:
+        """The model's bounds with those of some parameters replaced.
+
+        Parameters
+        ----------
+        bounds : mapping of parameter name to (low, high), or None
+
+        Returns
+        -------
+        (parameters, 2)
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown, or a pair is not finite and in order.
+        """
+        limits = self.bounds
+        for name, pair in (bounds or {}).items():
+            if name not in self.names:
+                raise ValueError(f"bounds must name parameters among {self.names}, got {name!r}")
+            values = np.asarray(pair, dtype=np.float64)
+            if values.shape != (2,) or not np.all(np.isfinite(values)) or values[0] > values[1]:
+                raise ValueError(
+                    f"bounds[{name!r}] must be a finite (low, high) with low <= high, got {pair!r}"
+                )
+            limits[self.names.index(name)] = values
+        return limits
+
+    def check_start(self, start: ArrayLike, limits: Array, voxels: int) -> Array:
+        """Where a fit is to begin, for each voxel.
+
+        Parameters
+        ----------
+        start : (parameters,) or (voxels, parameters)
+        limits : (parameters, 2)
+            As `check_bounds` returns them.
+        voxels : int
+
+        Returns
+        -------
+        (voxels, parameters)
+
+        Raises
+        ------
+        ValueError
+            If the shape is wrong, or a number lies outside the limits.
+        """
+        start = np.asarray(start, dtype=np.float64)
+        expected = (voxels, len(self.parameters))
+        if start.shape not in (expected, expected[1:]):
+            raise ValueError(
+                f"start must have shape {expected[1:]} or {expected}, got {start.shape}"
+            )
+        start = np.broadcast_to(start, expected)
+        outside = ~((start >= limits[:, 0]) & (start <= limits[:, 1]))
+        if outside.any():
+            voxel, parameter = np.argwhere(outside)[0]
+            raise ValueError(
+                f"start must lie within the bounds: {self.names[parameter]} of voxel {voxel} is "
+                f"{start[voxel, parameter]:g}, expected {limits[parameter, 0]:g} to "
+                f"{limits[parameter, 1]:g}"
+            )
+        return start
 
 
 _RELATIVE_STEP = np.finfo(np.float64).eps ** (1 / 3)

@@ -80,11 +80,7 @@ class Networks(nn.Module):
 
     def __init__(self, widths: Sequence[int], scale: ArrayLike, seeds: Sequence[int]):
         super().__init__()
-        scale = np.asarray(scale, dtype=np.float64)
-        if scale.shape != (widths[-1],) or not np.all(np.isfinite(scale) & (scale > 0)):
-            raise ValueError(
-                f"scale must hold {widths[-1]} positive numbers, one for each output, got {scale}"
-            )
+        scale = _checked_scale(scale, widths[-1])
         if len(seeds) == 0:
             raise ValueError("seeds must hold one seed for each network, got none")
         self.widths = tuple(widths)
@@ -156,6 +152,15 @@ class _ELU(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         (value,) = ctx.saved_tensors
         return gradient * value.clamp(max=0).add_(1)
+
+
+def _checked_scale(scale: ArrayLike, outputs: int) -> Array:
+    scale = np.asarray(scale, dtype=np.float64)
+    if scale.shape != (outputs,) or not np.all(np.isfinite(scale) & (scale > 0)):
+        raise ValueError(
+            f"scale must hold {outputs} positive numbers, one for each output, got {scale}"
+        )
+    return scale
 
 
 def _checked(
@@ -388,12 +393,9 @@ class FingerprintNetwork(nn.Module):
                 )
         if len({b for _, b in self.skips}) < len(self.skips):
             raise ValueError(f"skips must end in different layers, got {self.skips}")
-        scale = np.ones(self.widths[-1]) if scale is None else np.asarray(scale, dtype=np.float64)
-        if scale.shape != (self.widths[-1],) or not np.all(np.isfinite(scale) & (scale > 0)):
-            raise ValueError(
-                f"scale must hold {self.widths[-1]} positive numbers, one for each output, got "
-                f"{scale}"
-            )
+        scale = _checked_scale(
+            np.ones(self.widths[-1]) if scale is None else scale, self.widths[-1]
+        )
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         if standard is not None:
             standard = np.asarray(standard, dtype=np.float32)

@@ -6,7 +6,7 @@ import re
 
 from numpy.typing import ArrayLike
 
-from qmri.artefacts import MissingArtefacts, Study
+from qmri.artefacts import MissingArtefacts, Study, with_prefix
 from qmri.models import IVIM
 from qmri.networks import FingerprintEstimator, FingerprintNetwork, NetworkEstimator, Networks
 
@@ -105,9 +105,8 @@ def load_estimator(
     network = Networks(arrays["widths"].tolist(), arrays["scale"], seeds=[0])
     network.load(
         {
-            key.removeprefix(prefix): value[replicate : replicate + 1]
-            for key, value in arrays.items()
-            if key.startswith(prefix)
+            key: value[replicate : replicate + 1]
+            for key, value in with_prefix(arrays, prefix).items()
         }
     )
     model = IVIM(settings["bvalues"])
@@ -137,13 +136,8 @@ def _load_fingerprint_estimator(
         )
     if replicate != 0:
         raise ValueError(f"replicate must be 0, the only one stored, got {replicate!r}")
-    prefix = f"{loss}/"
     network = FingerprintNetwork(**stored[loss]["settings"]).load(
-        {
-            key.removeprefix(prefix): value
-            for key, value in study.arrays(FILE).items()
-            if key.startswith(prefix)
-        }
+        with_prefix(study.arrays(FILE), f"{loss}/")
     )
     estimator = FingerprintEstimator(network, stored[loss]["basis"], name)
     if basis is not None:

@@ -15,6 +15,7 @@ Complex = NDArray[np.complex128]
 
 __all__ = ["MTModel"]
 
+_TYPICAL_T2S = 12e-6  # s
 _CHUNK = 512  # tissues simulated before they are compressed: 75 MB with derivatives
 
 
@@ -61,15 +62,17 @@ class MTModel(SignalModel):
         self.measurements = train.pulses if basis is None else self.basis.shape[1]
         self._conjugate = None if basis is None else self.basis.conj()
         half_period = np.pi / train.repetition_time
+        t2s, b1 = _tabulated(train)
         self.parameters = (
             Parameter("m0s", r"m_0^s", "1", (0.0, 0.6), (0.0, 0.6)),
             Parameter("T1", "T_1", "s", (0.1, 5.0), (0.05, 8.0)),
             Parameter("T2f", "T_2^f", "s", (0.002, 5.0), (0.001, 8.0)),
             Parameter("Rx", r"R_\mathrm{x}", "1/s", (0.0, 150.0), (0.0, 300.0)),
-            Parameter("T2s", "T_2^s", "s", (8e-6, 20e-6), (6e-6, 25e-6)),
+            Parameter("T2s", "T_2^s", "s", _inside((8e-6, 20e-6), t2s),
+                      _inside((6e-6, 25e-6), t2s)),
             Parameter("B0", r"\omega_0", "rad/s", (-half_period, half_period),
                       (-2 * half_period, 2 * half_period)),
-            Parameter("B1", r"B_1^+", "1", (0.2, 1.9), (0.1, 2.0)),
+            Parameter("B1", r"B_1^+", "1", _inside((0.2, 1.9), b1), _inside((0.1, 2.0), b1)),
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -221,6 +224,24 @@ _GAUSSIAN = {  # mean and SD before truncation
     "T2s": (12e-6, 3e-6),
     "B1": (1.0, 0.3),
 }
+
+
+def _tabulated(train: PulseTrain) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ranges of T2s (s) and B1 that the table of the line shape covers, for a train of pulses."""
+    shortest, longest = train.durations.min(), train.durations.max()
+    t2s = longest / lineshape.TAU_RANGE[1], shortest / lineshape.TAU_RANGE[0]
+    if t2s[0] > _TYPICAL_T2S or t2s[1] < _TYPICAL_T2S:
+        raise ValueError(
+            "train must have pulses that the line shape is tabulated for, "
+            f"{lineshape.TAU_RANGE[0]:g} to {lineshape.TAU_RANGE[1]:g} times T2s long, got "
+            f"{1e3 * shortest:.3g} to {1e3 * longest:.3g} ms"
+        )
+    strongest = train.flip_angles.max()
+    return t2s, (0.0, lineshape.FLIP_ANGLE_RANGE[1] / strongest if strongest > 0 else np.inf)
+
+
+def _inside(wanted: tuple[float, float], possible: tuple[float, float]) -> tuple[float, float]:
+    return max(wanted[0], possible[0]), min(wanted[1], possible[1])
 
 
 def _refuse(theta: Array, name: str, wrong: Array, model: SignalModel, expected: str) -> None:

@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from qmri.models import Array
-from qmri.mt.lineshape import FLIP_ANGLE_RANGE, TAU_RANGE
 from qmri.mt.model import MTModel
 
 Complex = NDArray[np.complex128]
@@ -229,24 +228,14 @@ def _check_count(name: str, count: int) -> None:
 
 
 def _check_bounds(model: MTModel, bounds: Mapping[str, tuple[float, float]] | None) -> Array:
-    """Bounds of each parameter, (7, 2)."""
-    limits = _limits_of_model(model)
-    for name, pair in (bounds or {}).items():
-        if name not in model.names:
-            raise ValueError(f"bounds must name parameters among {model.names}, got {name!r}")
-        values = np.asarray(pair, dtype=np.float64)
-        if values.shape != (2,) or not np.all(np.isfinite(values)) or values[0] > values[1]:
-            raise ValueError(
-                f"bounds[{name!r}] must be a finite (low, high) with low <= high, got {pair!r}"
-            )
-        place = model.names.index(name)
-        low, high = limits[place]
-        if values[0] < low or values[1] > high:
+    """Bounds of each parameter, (7, 2), no wider than the model's and with room for T2f <= T1."""
+    limits = model.check_bounds(bounds)
+    for name, own, (low, high) in zip(model.names, limits, model.bounds, strict=True):
+        if own[0] < low or own[1] > high:
             raise ValueError(
                 f"bounds[{name!r}] must lie within the model's bounds, {low:g} to {high:g}, "
-                f"got {pair!r}"
+                f"got {tuple(own.tolist())}"
             )
-        limits[place] = values
     if limits[_T2F, 0] > limits[_T1, 1]:
         raise ValueError(
             "bounds must leave room for T2f <= T1, got T2f from "
@@ -255,32 +244,8 @@ def _check_bounds(model: MTModel, bounds: Mapping[str, tuple[float, float]] | No
     return limits
 
 
-def _limits_of_model(model: MTModel) -> Array:
-    """The model's bounds, less what the table of the line shape does not cover."""
-    limits = model.bounds.copy()
-    angles, durations = model.train.flip_angles, model.train.durations
-    with np.errstate(divide="ignore"):
-        highest = FLIP_ANGLE_RANGE[1] / angles.max()
-    limits[_B1, 1] = min(limits[_B1, 1], highest * (1 - 1e-12))
-    limits[_T2S, 0] = max(limits[_T2S, 0], durations.max() / TAU_RANGE[1] * (1 + 1e-12))
-    limits[_T2S, 1] = min(limits[_T2S, 1], durations.min() / TAU_RANGE[0] * (1 - 1e-12))
-    return limits
-
-
 def _check_start(model: MTModel, limits: Array, start: ArrayLike, voxels: int) -> Array:
-    start = np.asarray(start, dtype=np.float64)
-    expected = (voxels, len(model.parameters))
-    if start.shape not in (expected, expected[1:]):
-        raise ValueError(f"start must have shape {expected[1:]} or {expected}, got {start.shape}")
-    start = np.broadcast_to(start, expected)
-    outside = ~((start >= limits[:, 0]) & (start <= limits[:, 1]))
-    if outside.any():
-        voxel, parameter = np.argwhere(outside)[0]
-        raise ValueError(
-            f"start must lie within the bounds: {model.names[parameter]} of voxel {voxel} is "
-            f"{start[voxel, parameter]:g}, expected {limits[parameter, 0]:g} to "
-            f"{limits[parameter, 1]:g}"
-        )
+    start = model.check_start(start, limits, voxels)
     longer = start[:, _T2F] > start[:, _T1]
     if longer.any():
         voxel = np.argmax(longer)

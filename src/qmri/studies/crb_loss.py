@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from qmri import artefacts, pretrained
-from qmri.artefacts import Stages, Study
+from qmri.artefacts import Stages, Study, with_prefix
 from qmri.crb import bound_from_jacobian, bound_with_complex_parameters, with_amplitude
 from qmri.datasets import Fingerprints
 from qmri.evaluation import RepeatStatistics, repeat_statistics
@@ -311,10 +311,10 @@ class _Study:
             tasks = groups[stage]
             found = stages.run(stage, lambda: self._trained(stages.path(stage), tasks))
             for label, task in tasks.items():
-                histories[label] = _part(found, f"{label}|history/")
+                histories[label] = with_prefix(found, f"{label}|history/")
                 if stage != "variants":
                     # Tested as they are stored: in half precision, in half the space.
-                    weights = _part(found, f"{label}|network/")
+                    weights = with_prefix(found, f"{label}|network/")
                     rounded = {k: v.astype(np.float16) for k, v in weights.items()}
                     trained[label] = task.network.copy().load(rounded)
 
@@ -655,10 +655,6 @@ def _plane(model: MTModel, plane: Mapping[str, tuple[float, float]], points: int
     return theta
 
 
-def _part(arrays: Mapping, prefix: str) -> dict:
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
 class Results:
     """What a run has left: statistics of every network, the Bayes floor, and more.
 
@@ -727,7 +723,7 @@ class Results:
         variants = self.study.settings["variants"]
         if name not in variants:
             raise ValueError(f"name must be one of {', '.join(variants)}, got {name!r}")
-        return _part(self.arrays("training"), f"variant/{name}/")
+        return with_prefix(self.arrays("training"), f"variant/{name}/")
 
     def test(self, name: str, replicate: int = 0) -> dict[str, Array]:
         """Over repeats of each test fingerprint at the settings' SNRmax.
@@ -755,8 +751,8 @@ class Results:
         """
         if plane not in self.study.settings["planes"]:
             raise ValueError(f"plane must be one of {', '.join(PLANES)}, got {plane!r}")
-        own = _part(self._of("planes", name, replicate), f"{plane}/")
-        found = {**own, **_part(self.arrays("planes"), f"{plane}/")}
+        own = with_prefix(self._of("planes", name, replicate), f"{plane}/")
+        found = {**own, **with_prefix(self.arrays("planes"), f"{plane}/")}
         points = self.study.settings["points"]
         shaped = {k: v.reshape(points, points, -1) for k, v in found.items()}
         return {**shaped, "bias": shaped["mean"] - shaped["theta"][..., : len(TARGETS)]}
@@ -766,4 +762,4 @@ class Results:
             raise ValueError(
                 f"replicate must be from 0 to {len(self.replicates_of(name)) - 1}, got {replicate}"
             )
-        return _part(self.arrays(file), f"{name}/{replicate}/")
+        return with_prefix(self.arrays(file), f"{name}/{replicate}/")

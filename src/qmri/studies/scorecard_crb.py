@@ -13,7 +13,7 @@ from qmri.models import Array
 from qmri.studies.crb_loss import TARGETS, Results
 from qmri.studies.scorecard import Row, count, pm
 
-__all__ = ["part_b"]
+__all__ = ["ABOUT", "SIMILAR", "SWEPT", "part_b"]
 
 ABOUT = 0.25  # a loss is about 1 if it is no farther from it
 SIMILAR = 0.10  # of a loss: a change that hardly matters

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from qmri import artefacts, pretrained
-from qmri.artefacts import Stages, Study
+from qmri.artefacts import Stages, Study, with_prefix
 from qmri.datasets import Dataset, Labels, mle_labels, simulate
 from qmri.evaluation import Grid, GridAccumulator, GridStatistics, blocks
 from qmri.losses import Recipe, recipe
@@ -273,13 +273,13 @@ class _Study:
         files = {
             pretrained.FILE: weights,
             "training.npz": {
-                **{f"restarts/{k}": v for k, v in _part(restarts, "history/").items()},
-                **{f"networks/{k}": v for k, v in _part(networks, "history/").items()},
+                **{f"restarts/{k}": v for k, v in with_prefix(restarts, "history/").items()},
+                **{f"networks/{k}": v for k, v in with_prefix(networks, "history/").items()},
                 **{f"shapes/{k}": v for k, v in shapes.items()},
             },
         }
         # Times differ from run to run: they stand in the manifest, not in a file with a checksum.
-        times = _part(simulator, "seconds/")
+        times = with_prefix(simulator, "seconds/")
         files["black-box.npz"] = {
             k: v for k, v in simulator.items() if not k.startswith("seconds/")
         }
@@ -287,11 +287,13 @@ class _Study:
             f"snr{snr}/{k}": v for snr in self.snrs for k, v in inside[snr].items()
         }
         for snr in self.snrs:
-            files[f"grid-snr{snr}.npz"] = {**_part(likelihood[snr], "grid/"), **tested[snr]}
+            files[f"grid-snr{snr}.npz"] = {**with_prefix(likelihood[snr], "grid/"), **tested[snr]}
         results = {
             "labels": {f"snr{snr}": self._label_results(snr) for snr in self.snrs},
             "maximum-likelihood": {
-                f"snr{snr}": {k: float(v) for k, v in _part(likelihood[snr], "share/").items()}
+                f"snr{snr}": {
+                    k: float(v) for k, v in with_prefix(likelihood[snr], "share/").items()
+                }
                 for snr in self.snrs
             },
             "black-box": {
@@ -324,7 +326,7 @@ class _Study:
 
     def _labelled(self, snr: int, arrays: Mapping) -> Dataset:
         dataset = self._dataset(snr)
-        labels = {name: Labels(**_part(arrays, f"{name}/")) for name in NOISES}
+        labels = {name: Labels(**with_prefix(arrays, f"{name}/")) for name in NOISES}
         rician = labels["mle-rician"]
         everywhere = np.isfinite(rician.values).all(axis=1)
         labels["mle-rician-kept"] = replace(rician, usable=everywhere)
@@ -358,7 +360,7 @@ class _Study:
         self, checkpoint: Path, restarts: Mapping, recipes: Mapping[str, Recipe]
     ) -> dict[str, Array]:
         """All networks of some recipes, each replicate begun from one of the best restarts."""
-        best = _part(restarts, "best/")
+        best = with_prefix(restarts, "best/")
         chosen = (self.high, "supervised-gt")  # the restarts themselves
         jobs = [
             (snr, name, replicate)
@@ -397,7 +399,7 @@ class _Study:
             for found in self._evaluated(self.high, each).values()
         ]
         return {
-            **_part(_history(history), "history/"),
+            **with_prefix(_history(history), "history/"),
             "recipe": np.array(names),
             "weights": np.array(sum(w[0].size for w in trained.arrays().values())),
             "test": np.array(loss),
@@ -470,7 +472,7 @@ class _Study:
     ) -> dict[str, NetworkEstimator]:
         trained = {}
         for name in recipes:
-            weights = _part(networks, f"snr{snr}/{name}/")
+            weights = with_prefix(networks, f"snr{snr}/{name}/")
             for replicate in range(self.scale.replicates):
                 network = Networks(mlp_widths(self.model), self._mean(), [0])
                 network.load({k: v[[replicate]] for k, v in weights.items()})
@@ -575,10 +577,6 @@ class _Study:
             **training,
             "network voxels per second": float(loops["estimate"]),
         }
-
-
-def _part(arrays: Mapping, prefix: str) -> dict:
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def _masked(estimates: Array, hidden: NDArray[np.bool_]) -> Array:
@@ -713,7 +711,7 @@ class Results:
         replicate : int
             Of a network, below `replicates`; maximum likelihood has one only.
         """
-        found = _part(self._arrays(self._grid_file(snr)), f"{name}/{replicate}/")
+        found = with_prefix(self._arrays(self._grid_file(snr)), f"{name}/{replicate}/")
         if not found:
             raise ValueError(
                 f"name and replicate must be among those tested, {', '.join(self.names(snr))} "
@@ -738,7 +736,7 @@ class Results:
             those that have enough of them.
         """
         self._grid_file(snr)  # refuses an SNR that was not studied
-        return _part(self._arrays("inside.npz"), f"snr{snr}/")
+        return with_prefix(self._arrays("inside.npz"), f"snr{snr}/")
 
     def training(self, stage: str) -> dict[str, Array]:
         """How training went.
@@ -755,7 +753,7 @@ class Results:
             the same behind ``standard/``, ``wide/`` and ``deep/``, with the number of
             ``weights`` and the ``test`` loss.
         """
-        found = _part(self._arrays("training.npz"), f"{stage}/")
+        found = with_prefix(self._arrays("training.npz"), f"{stage}/")
         if not found:
             raise ValueError(f"stage must be restarts, networks or shapes, got {stage!r}")
         return found
