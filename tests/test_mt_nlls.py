@@ -235,7 +235,7 @@ class TestBadInput:
             ({"bounds": {"T1": (2, 1)}}, r"bounds\['T1'\] .* got \(2, 1\)"),
             ({"bounds": {"T1": (0.1, 9)}}, r"bounds\['T1'\] must lie within .* 0.05 to 8"),
             ({"bounds": {"T1": (0.1, 0.2), "T2f": (0.3, 1)}}, "bounds .* T2f <= T1"),
-            ({"start": np.ones(6)}, r"start must have shape \(7,\) or \(1, 7\)"),
+            ({"start": np.ones(6)}, r"start must have shape \(1, 7\) or \(7,\)"),
             ({"start": WHITE_MATTER * 5}, "start must lie within the bounds: m0s of voxel 0"),
             ({"start": WHITE_MATTER[[0, 2, 1, 3, 4, 5, 6]]}, "start must have T2f <= T1"),
         ],

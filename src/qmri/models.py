@@ -273,7 +273,7 @@ class SignalModel(ABC):
         expected = (voxels, len(self.parameters))
         if start.shape not in (expected, expected[1:]):
             raise ValueError(
-                f"start must have shape {expected[1:]} or {expected}, got {start.shape}"
+                f"start must have shape {expected} or {expected[1:]}, got {start.shape}"
             )
         start = np.broadcast_to(start, expected)
         outside = ~((start >= limits[:, 0]) & (start <= limits[:, 1]))
