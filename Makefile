@@ -56,7 +56,7 @@ test: $(HTML) ## test the library, the built pages and every notebook
 notebooks: $(INSTALLED) ## execute the notebooks and store their outputs (CHAPTERS=book/... for one)
 	$(BIN)/python book/_tools/execute.py $(CHAPTERS)
 
-study: $(INSTALLED) ## run STUDY=training-labels or crb-loss (SCALE=quick or paper); resumes
+study: $(INSTALLED) ## run STUDY=training-labels, crb-loss, abdomen or brain (SCALE=quick or paper)
 	$(BIN)/qmri study $(STUDY) --scale $(SCALE)
 
 bench: $(INSTALLED) ## time the library against SciPy

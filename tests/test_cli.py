@@ -71,12 +71,26 @@ def test_each_study_has_protocols_of_its_own(monkeypatch, capsys):
     assert "invalid choice: 'abdomen'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["abdomen", "brain"])
+def test_studies_in_vivo_have_no_protocols(monkeypatch, capsys, name):
+    in_vivo = stand_in(monkeypatch, name)
+    assert cli.main(["study", name, "--scale", "quick"]) == 0
+    assert cli.main(["study", name, "--scale", "paper", "--seed", "3", "--out", "x"]) == 0
+    assert in_vivo.calls == [
+        {"scale": "quick", "seed": 0, "out": None, "fresh": False},
+        {"scale": "paper", "seed": 3, "out": Path("x"), "fresh": False},
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["study", name, "--scale", "quick", "--protocol", "paper"])
+    assert "unrecognized arguments: --protocol" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "command"),
         (["reconstruct"], "invalid choice: 'reconstruct'"),
-        (["study"], "{training-labels,crb-loss}"),
+        (["study"], "{training-labels,crb-loss,abdomen,brain}"),
         (["study", "labels"], "invalid choice: 'labels'"),
         (["study", "training-labels"], "--scale"),
         (["study", "training-labels", "--scale", "huge"], "invalid choice: 'huge'"),
@@ -84,6 +98,7 @@ def test_each_study_has_protocols_of_its_own(monkeypatch, capsys):
         ([*STUDY, "--seed", "-1"], "'-1' is no seed, expected an integer from 0 up"),
         ([*STUDY, "--seed", "1.5"], "'1.5' is no seed"),
         (["fetch"], "NAME --list is required"),
+        (["estimate", "dwi.nii.gz"], "required: --bvals, --out"),
         (["fetch", "--list", NAME], "not allowed with"),
     ],
 )
@@ -223,11 +238,11 @@ sys.exit(cli.main(["study", "training-labels", "--scale", "quick"]))
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C in another way")
 def test_interrupt_signal_ends_the_process_without_a_traceback():
-    start = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "started\n"
+        start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=30)
     assert process.returncode == 130

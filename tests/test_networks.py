@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmri import IVIM, FunctionModel, Parameter, Rician
-from qmri.networks import NetworkEstimator, Networks, mlp_widths
+from qmri.networks import NetworkBank, NetworkEstimator, Networks, mlp_widths
 
 BVALUES = (0, 10, 20, 30, 50, 80, 100, 200, 400, 800)
 MODEL = IVIM(BVALUES)
@@ -294,3 +294,91 @@ def test_millions_of_voxels_a_second():
     finally:
         torch.set_num_threads(threads)
     assert max(rates) > 2e6
+
+
+SNRS = (5, 7, 10, 15, 22, 32)
+
+
+def bank(sigma: float = 1.0, snrs=SNRS) -> NetworkBank:
+    """Networks of different weights, so that it shows which one a voxel went to."""
+    members = [
+        NetworkEstimator(Networks(mlp_widths(MODEL), SCALE, [int(s)]), MODEL, s) for s in snrs
+    ]
+    return NetworkBank(members, sigma)
+
+
+def agree(found, expected, unit: float) -> None:
+    """Up to rounding, for signals of about `unit`."""
+    size = SCALE * [unit, 1, 1, 1]
+    np.testing.assert_allclose(found / size, expected / size, rtol=0, atol=ROUNDING)
+
+
+class TestBank:
+    def test_a_voxel_at_a_networks_own_snr_meets_that_network_as_it_was_trained(self):
+        """In any unit: the trained network sees noise of 1 / SNR and S0 near 1."""
+        for unit in (1.0, 37.0, 1e-4):
+            for snr in SNRS:
+                measured = signals(50)
+                found = bank(sigma=unit / snr)
+                # S0 itself chooses; measured S0 from 0.8 to 1.2 may choose a neighbour.
+                estimates = found.estimate(unit * measured, s0=np.full(50, unit))
+                alone = NetworkEstimator(
+                    Networks(mlp_widths(MODEL), SCALE, [snr]), MODEL, snr
+                ).estimate(measured)
+                alone[:, 0] *= unit
+                agree(estimates, alone, unit)
+
+    @given(ratio=st.floats(4.0, 38.4))
+    @settings(deadline=None, max_examples=50)
+    def test_no_gap_between_four_and_thirty_eight(self, ratio):
+        """Every S0 / sigma finds a network that has seen it, with the noise it was trained on."""
+        sigma = 3.0
+        found = bank(sigma)
+        route = found.routes(np.full((1, MODEL.measurements), ratio * sigma, np.float32))
+        snr = found.snrs[route.network[0]]
+        assert not route.outside[0]
+        assert sigma / route.factor[0] == pytest.approx(1 / snr)
+        assert 0.8 - 1e-6 <= ratio * sigma / route.factor[0] <= 1.2 + 1e-6
+
+    @pytest.mark.parametrize(("ratio", "scaled"), [(2.0, 0.8), (200.0, 1.2)])
+    def test_beyond_its_ends_s0_comes_to_lie_on_the_end(self, ratio, scaled):
+        found = bank(sigma=0.5)
+        route = found.routes(np.full((1, MODEL.measurements), ratio * 0.5))
+        assert route.outside[0]
+        assert ratio * 0.5 / route.factor[0] == pytest.approx(scaled)
+        assert np.isfinite(found.estimate(np.full((1, MODEL.measurements), ratio * 0.5))).all()
+
+    def test_the_amplitude_alone_follows_the_unit(self):
+        measured = 20 * signals(300)
+        one, other = bank(sigma=2.0).estimate(measured), bank(sigma=200.0).estimate(100 * measured)
+        agree(other, one * [100, 1, 1, 1], 100 * 20)
+
+    def test_voxels_do_not_depend_on_their_neighbours(self):
+        measured = signals(40) * np.linspace(3, 40, 40)[:, np.newaxis]
+        together = bank().estimate(measured)
+        alone = [bank().estimate(measured[[v]])[0] for v in range(40)]
+        agree(together, alone, 40)
+
+    def test_a_voxel_that_cannot_be_estimated_is_nan(self):
+        measured = 10 * signals(4)
+        measured[1, 3] = np.nan
+        measured[2] = 0
+        found = bank().estimate(measured)
+        assert np.isnan(found[[1, 2]]).all() and np.isfinite(found[[0, 3]]).all()
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: bank(sigma=0), "sigma must be one positive, finite number, got 0"),
+            (lambda: bank(sigma=np.ones(3)), "sigma must be one positive"),
+            (lambda: bank(snrs=(5, 5)), "an SNR of their own, got SNRs .5.0, 5.0."),
+            (lambda: NetworkBank([], 1.0), "an SNR of their own"),
+            (lambda: bank().require(bvalues=BVALUES[:-1]), "bvalues are .* was trained for"),
+            (lambda: bank().require(snr=50), "snr is 50, but networks was trained for 4 to 38.4"),
+            (lambda: bank().estimate(signals(3), s0=np.ones(2)), r"s0 must have shape \(3,\)"),
+            (lambda: bank().estimate(signals(3)[:, :-1]), "signals must have 10 columns, got 9"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make()

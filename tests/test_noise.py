@@ -18,6 +18,7 @@ from qmri.noise import (
     sigma_from_background,
     sigma_from_repeats,
     sigma_from_residuals,
+    sigma_from_variances,
 )
 
 SNRS = np.array([0.0, 0.01, 0.3, 1.0, 2.0, 5.0, 15.0, 30.0, 100.0])
@@ -334,7 +335,24 @@ class TestEstimatingSigma:
         sigma = sigma_from_residuals(measured, fitted, n_parameters=2)
         assert sigma == pytest.approx(0.3, rel=4 * np.sqrt(0.5 / (4000 * 4)))
 
+    @pytest.mark.parametrize("repeats", [2, 6, 24])
+    def test_variances_give_the_typical_voxel(self, repeats):
+        """However few the degrees of freedom, and whatever a hundredth of the voxels does."""
+        values = Gaussian(2.0).sample(np.zeros((40_000, repeats)), self.rng)
+        sigma = sigma_from_variances(values.var(axis=1, ddof=1), repeats - 1)
+        assert sigma == pytest.approx(2.0, rel=0.02)
+        values[:400] *= 50
+        moved = sigma_from_variances(values.var(axis=1, ddof=1), repeats - 1)
+        assert moved == pytest.approx(sigma, rel=0.03)
+        assert sigma_from_repeats(values) > 2 * moved
+
     def test_bad_input_is_named(self):
+        with pytest.raises(ValueError, match=r"variances must have shape \(voxels,\), one or more"):
+            sigma_from_variances([], 3)
+        with pytest.raises(ValueError, match="variances must be finite and not negative"):
+            sigma_from_variances([1.0, -1.0], 3)
+        with pytest.raises(ValueError, match="degrees_of_freedom must be 1 or more, got 0"):
+            sigma_from_variances([1.0], 0)
         with pytest.raises(ValueError, match="at least 2 repeats"):
             sigma_from_repeats(np.ones((5, 1)))
         with pytest.raises(ValueError, match=r"repeats must have shape \(voxels, repeats\)"):

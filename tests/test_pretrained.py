@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qmri
-from qmri import IVIM, Rician, cli
+from qmri import IVIM, Rician, cli, fit_mle
 from qmri.artefacts import MissingArtefacts, Study
 from qmri.losses import recipe
 from qmri.studies import crb_loss
@@ -91,6 +91,65 @@ def test_the_right_acquisition_and_noise_pass():
 def test_a_network_that_there_is_not(arguments, message):
     with pytest.raises(ValueError, match=message):
         qmri.load_estimator(**{"name": GOOD, **arguments})
+
+
+class TestAllSNRsTogether:
+    """A name without its SNR."""
+
+    BANK = "ivim/supervised-mle-rician"
+
+    def test_it_is_the_networks_of_each_snr(self):
+        _, signals = tissue_and_signals(15, 200)
+        bank = qmri.load_estimator(self.BANK, sigma=1 / 15, bvalues=BVALUES)
+        assert bank.snrs == tuple(Study("training-labels").settings["snrs"])
+        one = qmri.load_estimator(GOOD).estimate(signals)
+        np.testing.assert_allclose(bank.estimate(signals, s0=np.ones(200)), one, rtol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({}, "sigma must be given for 'ivim/supervised-mle-rician'"),
+            ({"sigma": 1.0, "snr": 15}, "snr is 15, but .* takes sigma"),
+            ({"sigma": 1.0, "bvalues": BVALUES[:-1]}, "bvalues are .* was trained for"),
+            ({"sigma": -1.0}, "sigma must be one positive, finite number, got -1.0"),
+            ({"name": GOOD, "sigma": 1.0}, "sigma is 1.0, but .* takes snr"),
+            ({"name": "mt/crb", "sigma": 1.0}, "sigma does not belong to fingerprints"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            qmri.load_estimator(**{"name": self.BANK, **arguments})
+
+
+class TestForTheVolunteers:
+    """Networks for the b-values of the abdominal data."""
+
+    @pytest.mark.parametrize("recipe", ["supervised-gt", "supervised-mle-rician"])
+    def test_noise_of_training_beats_any_other(self, recipe):
+        """Over voxels of many SNRs, in scanner units, no one network does as well as all."""
+        try:
+            settings = Study("training-labels-abdomen").settings
+        except MissingArtefacts as error:
+            pytest.skip(str(error))
+        model, rng, sigma = IVIM(settings["bvalues"]), np.random.default_rng(0), 6.0
+        theta = model.sample(20_000, rng)
+        theta[:, 0] = sigma * np.exp(rng.uniform(np.log(4.0), np.log(38.0), len(theta)))
+        signals = Rician(sigma).sample(model.signal(theta), rng)
+
+        def loss(found) -> float:
+            relative = (found - theta)[:, 1:] / model.training[1:].mean(axis=1)
+            return float(np.mean(relative**2))
+
+        bank = qmri.load_estimator(f"ivim-abdomen/{recipe}", sigma=sigma)
+        together = loss(bank.estimate(signals, s0=theta[:, 0]))
+        for snr in settings["snrs"]:
+            one = qmri.load_estimator(f"ivim-abdomen/snr{snr}/{recipe}")
+            found = one.estimate(signals / theta[:, :1])
+            if recipe == "supervised-gt":  # taught to make this loss small
+                assert together < loss(found)
+        if recipe == "supervised-mle-rician":
+            mle = fit_mle(model, Rician(sigma), signals).theta
+            assert together < 1.2 * loss(mle)
 
 
 class TestWithoutArtefacts:

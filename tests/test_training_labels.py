@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qmri import Rician, cli, load_estimator, training
+from qmri import IVIM, Rician, cli, load_estimator, training
 from qmri.artefacts import Stages, home, load_arrays, read_manifest
 from qmri.evaluation import evaluate
 from qmri.studies import training_labels
@@ -126,6 +128,43 @@ class TestInSmall:
         noise = [(d.signals - d.model.signal(d.theta))[:, 0] for d in (low, high)]
         assert np.std(noise[0]) / np.std(noise[1]) == pytest.approx(2, rel=4 / np.sqrt(2000))
         assert abs(np.corrcoef(noise)[0, 1]) < 4 / np.sqrt(2000)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Folder of a run for the volunteers' b-values, at two of their SNRs."""
+    smaller = replace(PROTOCOLS["abdomen"], snrs=(7, 22))
+    with pytest.MonkeyPatch.context() as patched:
+        in_small(patched)
+        patched.setattr(training_labels, "PROTOCOLS", {**PROTOCOLS, "abdomen": smaller})
+        return run("tiny", protocol="abdomen", out=tmp_path_factory.mktemp("study") / "other")
+
+
+class TestOtherProtocol:
+    """Fewer networks, no further questions, at more SNRs."""
+
+    def test_it_holds_networks_and_their_test_and_nothing_else(self, other):
+        manifest = read_manifest(other)
+        assert set(manifest.files) == {
+            "grid-snr7.npz", "grid-snr22.npz", "networks.npz", "training.npz",
+        }  # fmt: skip
+        assert manifest.study == "training-labels-abdomen"
+        assert manifest.command.endswith("--scale tiny --protocol abdomen")
+        assert manifest.settings["replicates"] == 1
+        assert not {"wide", "simulated", "timed_fits"} & set(manifest.settings)
+
+    def test_results_read_it(self, other):
+        found = Results("abdomen", location=other)
+        assert found.snrs == (7, 22)
+        for snr in found.snrs:
+            assert set(found.names(snr)) == {*PROTOCOLS["abdomen"].recipes, *MLE}
+
+    def test_its_snrs_leave_no_gap(self):
+        """Where S0 of training ends for one SNR, it has begun for the next."""
+        snrs = PROTOCOLS["abdomen"].snrs
+        low, high = IVIM(PROTOCOLS["abdomen"].bvalues).training[0]
+        for one, following in itertools.pairwise(snrs):
+            assert high * one >= low * following
 
 
 class TestInterrupted:

@@ -1,6 +1,7 @@
 """Images to maps: any estimator, any shape, and NIfTI in and out."""
 
 import json
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -458,6 +459,7 @@ def test_maps_survive_writing_and_reading(maps, tmp_path):
         "voxels_in_mask": 6,
         "invalid_voxels": 1,
         "invalid_share": pytest.approx(1 / 6),
+        "files": ["mean.nii.gz", "span.nii.gz"],
     }
 
 
@@ -485,6 +487,76 @@ def test_writing_again_replaces_whole_files(maps, tmp_path):
     stored = nibabel.load(tmp_path / "mean.nii.gz").get_fdata()
     np.testing.assert_array_equal(stored, (2 * maps["mean"]).astype(np.float32))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["maps.json", "mean.nii.gz", "span.nii.gz"]
+
+
+def test_a_report_and_further_files_join_the_maps(maps, tmp_path):
+    report = {"sigma": 2.5, "bvalues": [0.0, 500.0], "parameters": {"span": {"bounds": [0, 1]}}}
+    paths = write_maps(maps, tmp_path, AFFINE, report=report, attachments={"a.png": b"picture"})
+    assert [path.name for path in paths] == ["mean.nii.gz", "span.nii.gz", "a.png", "maps.json"]
+    assert paths[2].read_bytes() == b"picture"
+    text = paths[-1].read_text(encoding="utf-8")
+    assert '"bvalues": [0.0, 500.0]' in text
+    described = json.loads(text)
+    assert described["sigma"] == 2.5
+    assert described["files"] == ["mean.nii.gz", "span.nii.gz", "a.png"]
+    assert described["parameters"] == [
+        {"name": "mean", "unit": "um2/ms", "file": "mean.nii.gz"},
+        {"name": "span", "unit": "1", "file": "span.nii.gz", "bounds": [0, 1]},
+    ]
+
+
+def test_maps_of_an_earlier_run_go_and_other_files_stay(maps, tmp_path):
+    write_maps(maps, tmp_path, AFFINE, attachments={"a.png": b"picture"})
+    (tmp_path / "T1.nii.gz").write_bytes(b"mine")
+    only = ParameterMaps({"span": maps["span"]}, maps.units, maps.mask, maps.invalid)
+    write_maps(only, tmp_path, AFFINE)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["T1.nii.gz", "maps.json", "span.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"files": 3}', '{"files": ["../mine.txt", "/mine.txt", 3, null]}', "\xff"],
+)
+def test_a_description_that_is_not_ours_removes_nothing(maps, tmp_path, text):
+    (tmp_path / "mine.txt").write_text("mine")
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    (folder / "maps.json").write_bytes(text.encode("latin-1"))
+    write_maps(maps, folder, AFFINE)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert json.loads((folder / "maps.json").read_text())["files"] == ["mean.nii.gz", "span.nii.gz"]
+
+
+def test_a_description_never_stands_beside_maps_of_another_run(maps, tmp_path, monkeypatch):
+    """Whatever interrupts the last moment: without maps.json a folder is not complete."""
+    write_maps(maps, tmp_path, AFFINE)
+    replace, done = Path.replace, []
+
+    def interrupted(path, target):
+        if done:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(path, target)
+
+    doubled = ParameterMaps({n: 2 * maps[n] for n in maps}, maps.units, maps.mask, maps.invalid)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_maps(doubled, tmp_path, AFFINE)
+    assert [path.name for path in done] == ["mean.nii.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mean.nii.gz", "span.nii.gz"]
+    write_maps(doubled, tmp_path, AFFINE)
+    np.testing.assert_array_equal(
+        nibabel.load(tmp_path / "span.nii.gz").get_fdata(), (2 * maps["span"]).astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("name", ["../a.png", "", "maps.json", "MEAN.nii.gz"])
+def test_attachments_that_cannot_be_files(maps, tmp_path, name):
+    with pytest.raises(ValueError, match="cannot be a file name|differ in case only"):
+        write_maps(maps, tmp_path, AFFINE, attachments={name: b""})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_write_that_fails_leaves_the_old_maps(maps, tmp_path, monkeypatch):

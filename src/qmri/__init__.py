@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from qmri.crb import cramer_rao_bound, fisher_information
+from qmri.files import estimate_files
 from qmri.mle import Fit, MaximumLikelihood, fit_mle
 from qmri.models import IVIM, FunctionModel, Parameter, SignalModel
 from qmri.noise import ComplexGaussian, Gaussian, Noise, Rician
@@ -28,6 +29,7 @@ __all__ = [
     "Rician",
     "SignalModel",
     "cramer_rao_bound",
+    "estimate_files",
     "estimators",
     "fetch",
     "fisher_information",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from qmri.mt.basis import fingerprint
 __all__ = [
     "FingerprintEstimator",
     "FingerprintNetwork",
+    "NetworkBank",
     "NetworkEstimator",
     "Networks",
+    "Routes",
     "as_reals",
     "compact_fingerprint_network",
     "full_precision",
@@ -271,6 +274,12 @@ class NetworkEstimator:
             range of training by more than five standard deviations of the noise: the network
             has never seen such signals, and what it returned would mean nothing.
         """
+        inputs = self._inputs(signals)
+        usable = torch.isfinite(inputs.sum(dim=1))
+        self._check_scale(inputs.amax(dim=1)[usable])
+        return self._pass_through(inputs, usable)
+
+    def _inputs(self, signals: ArrayLike) -> Tensor:
         signals = np.asarray(signals)
         if np.iscomplexobj(signals) or signals.ndim != 2:
             raise ValueError(
@@ -283,9 +292,9 @@ class NetworkEstimator:
                 f"{self.name} was trained for {self.trained_for}"
             )
         with np.errstate(over="ignore"):  # beyond single precision is infinite, as good as lost
-            inputs = torch.from_numpy(np.array(signals, dtype=np.float32, order="C"))
-        usable = torch.isfinite(inputs.sum(dim=1))
-        self._check_scale(inputs.amax(dim=1)[usable])
+            return torch.from_numpy(np.array(signals, dtype=np.float32, order="C"))
+
+    def _pass_through(self, inputs: Tensor, usable: Tensor) -> Array:
         estimates = torch.empty(len(inputs), len(self.names), dtype=torch.float64)
         with torch.inference_mode():
             for first in range(0, len(inputs), _ROWS):
@@ -307,6 +316,158 @@ class NetworkEstimator:
                 "each voxel's signals by its mean at b = 0 and multiply the estimated "
                 f"{self.model.amplitude} by it"
             )
+
+
+class Routes(NamedTuple):
+    """Which network of a bank each voxel goes to, and at which scale.
+
+    Attributes
+    ----------
+    network : (voxels,) int
+        Place in the bank.
+    factor : (voxels,)
+        What the voxel's signals are divided by; NaN in one without a positive, finite signal at
+        b = 0.
+    outside : (voxels,) bool
+        Whether the voxel's S0 / sigma lies outside what any of the networks was trained for:
+        its noise then differs from that of training.
+    """
+
+    network: NDArray[np.intp]
+    factor: Array
+    outside: NDArray[np.bool_]
+
+
+class NetworkBank:
+    """Networks of several SNRs as one estimator for signals in scanner units.
+
+    A network of SNR s has learnt from signals with noise of 1 / s and with S0 in a range around
+    1. Divided by sigma s, a voxel's signals have exactly that noise, and their S0 is the
+    voxel's own S0 / sigma divided by s: in the range of training, if s is near enough. So each
+    voxel goes to the network whose S0 comes out nearest to 1, and noise and scale are both
+    right, if the networks' ranges leave no gap between them.
+
+    Where S0 / sigma lies outside all of them, the signals are scaled until S0 is at the nearest
+    end of the range. Their noise is then smaller than in training (above the highest SNR) or
+    larger (below the lowest).
+
+    Parameters
+    ----------
+    networks : sequence of NetworkEstimator
+        Trained for the same signal model, each at an SNR of its own.
+    sigma : float
+        Noise in each channel, in the unit of the signals.
+    name : str
+        For messages.
+    """
+
+    def __init__(self, networks: Sequence[NetworkEstimator], sigma: float, name: str = "networks"):
+        self.networks = tuple(sorted(networks, key=lambda network: network.snr))
+        self.snrs = tuple(network.snr for network in self.networks)
+        if not self.networks or len(set(self.snrs)) < len(self.snrs):
+            raise ValueError(f"networks must each have an SNR of their own, got SNRs {self.snrs}")
+        model = self.networks[0].model
+        models = sorted({repr(network.model) for network in self.networks})
+        if len(models) > 1:
+            raise ValueError(f"networks must have one signal model, got {' and '.join(models)}")
+        if model.amplitude is None or getattr(model, "bvalues", None) is None:
+            raise ValueError(
+                f"networks must have a signal model with an amplitude and b-values, got {model!r}"
+            )
+        if np.ndim(sigma) != 0 or not (np.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"sigma must be one positive, finite number, got {sigma!r}")
+        self.model, self.sigma, self.name = model, float(sigma), name
+        self.names, self.units = model.names, model.units
+
+    def __repr__(self) -> str:
+        return f"<NetworkBank {self.name}: {self.trained_for}, sigma {self.sigma:g}>"
+
+    @property
+    def trained_for(self) -> str:
+        """Acquisition and SNRs of the training signals, in words."""
+        low, high = self.snr_range
+        return f"{self.model!r} at S0 / sigma from {low:.3g} to {high:.3g}"
+
+    @property
+    def snr_range(self) -> tuple[float, float]:
+        """Lowest and highest S0 / sigma that a network of the bank has seen."""
+        low, high = self.networks[0]._amplitude_range()
+        return low * self.snrs[0], high * self.snrs[-1]
+
+    def require(self, *, bvalues: ArrayLike | None = None, snr: float | None = None) -> None:
+        """Raise a ValueError unless the networks were trained for this acquisition and noise.
+
+        Parameters
+        ----------
+        bvalues : (measurements,), optional
+            s/mm2, in the order of the signals.
+        snr : float, optional
+            S0 / sigma of a typical voxel.
+        """
+        if bvalues is not None:
+            self.networks[0].require(bvalues=bvalues)
+        low, high = self.snr_range
+        if snr is not None and not low <= snr <= high:
+            raise ValueError(
+                f"snr is {snr!r}, but {self.name} was trained for {low:.3g} to {high:.3g}"
+            )
+
+    def routes(self, signals: ArrayLike, s0: ArrayLike | None = None) -> Routes:
+        """Where each voxel goes; arguments as for `estimate`."""
+        signals = self.networks[0]._inputs(signals)
+        return self._routes(signals.numpy(), s0)
+
+    def _routes(self, signals: NDArray[np.float32], s0: ArrayLike | None) -> Routes:
+        if s0 is None:
+            s0 = signals[:, self.model.bvalues == 0].mean(axis=1, dtype=np.float64)
+        s0 = np.asarray(s0, dtype=np.float64)
+        if s0.shape != (len(signals),):
+            raise ValueError(f"s0 must have shape ({len(signals)},), got {s0.shape}")
+        s0 = np.where(np.isfinite(s0) & (s0 > 0), s0, np.nan)
+        low, high = self.networks[0]._amplitude_range()
+        scaled = s0[:, np.newaxis] / self.sigma / np.array(self.snrs)
+        away = np.abs(scaled - (low + high) / 2)
+        network = np.where(np.isnan(away), np.inf, away).argmin(axis=1)
+        scaled = scaled[np.arange(len(scaled)), network]
+        inside = (scaled >= low) & (scaled <= high)
+        factor = np.where(
+            inside, self.sigma * np.array(self.snrs)[network], s0 / np.clip(scaled, low, high)
+        )
+        return Routes(network, factor, ~inside)
+
+    def estimate(self, signals: ArrayLike, s0: ArrayLike | None = None) -> Array:
+        """Estimates for each voxel.
+
+        Parameters
+        ----------
+        signals : (voxels, measurements)
+            In the unit of `sigma`.
+        s0 : (voxels,), optional
+            Signal without diffusion weighting, for the choice of the network alone; by default
+            each voxel's mean at b = 0.
+
+        Returns
+        -------
+        (voxels, parameters)
+            In the model's units, the amplitude in that of the signals; NaN in a voxel whose
+            signals are not finite, or whose `s0` is not positive.
+
+        Raises
+        ------
+        ValueError
+            If a shape is wrong, or the signals are complex.
+        """
+        signals = self.networks[0]._inputs(signals)
+        route = self._routes(signals.numpy(), s0)
+        estimates = np.full((len(signals), len(self.names)), np.nan)
+        for place, network in enumerate(self.networks):
+            voxels = np.flatnonzero((route.network == place) & np.isfinite(route.factor))
+            factor = torch.from_numpy(route.factor[voxels].astype(np.float32))
+            inputs = signals[voxels] / factor[:, np.newaxis]
+            usable = torch.isfinite(inputs.sum(dim=1))
+            estimates[voxels] = network._pass_through(inputs, usable)
+        estimates[:, self.names.index(self.model.amplitude)] *= route.factor
+        return estimates
 
 
 def as_reals(coefficients: ArrayLike) -> NDArray[np.float32]:

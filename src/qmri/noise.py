@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import i0e, i1e
+from scipy.special import gammaincinv, i0e, i1e
 
 Array = NDArray[np.float64]
 
@@ -29,6 +29,7 @@ __all__ = [
     "sigma_from_background",
     "sigma_from_repeats",
     "sigma_from_residuals",
+    "sigma_from_variances",
 ]
 
 
@@ -312,6 +313,44 @@ def sigma_from_repeats(repeats: ArrayLike) -> float:
             f"repeats must hold at least 2 repeats of each voxel, got shape {values.shape}"
         )
     return float(np.sqrt(np.mean(np.var(values, axis=1, ddof=1))))
+
+
+def sigma_from_variances(variances: ArrayLike, degrees_of_freedom: int) -> float:
+    """Noise level of the typical voxel, from each voxel's own estimate of the variance.
+
+    The median over voxels, corrected for what lies between the median and the mean of such
+    estimates. A mean over voxels (:func:`sigma_from_repeats`) would follow the few in pulsating
+    vessels and at moving borders, whose variance is a hundred times that of the noise; the
+    median does not, but what moves everywhere moves it, too.
+
+    Parameters
+    ----------
+    variances : (voxels,)
+        Unbiased estimates, in the squared unit of the signals.
+    degrees_of_freedom : int
+        Of each of them: n - 1 for n repeats.
+
+    Returns
+    -------
+    float
+        Sigma, in the unit of the signals.
+
+    Raises
+    ------
+    ValueError
+        If there is no voxel, a variance is negative or not finite, or `degrees_of_freedom` is
+        below 1.
+    """
+    variances = np.asarray(variances, dtype=np.float64)
+    if variances.ndim != 1 or len(variances) == 0:
+        raise ValueError(f"variances must have shape (voxels,), one or more, got {variances.shape}")
+    if not (np.isfinite(variances) & (variances >= 0)).all():
+        raise ValueError("variances must be finite and not negative")
+    if not degrees_of_freedom >= 1:
+        raise ValueError(f"degrees_of_freedom must be 1 or more, got {degrees_of_freedom!r}")
+    # Of estimates with so many degrees of freedom, if the true variance is 1.
+    median = 2 * gammaincinv(degrees_of_freedom / 2, 0.5) / degrees_of_freedom
+    return float(np.sqrt(np.median(variances) / median))
 
 
 def sigma_from_background(magnitudes: ArrayLike) -> float:

@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -33,7 +33,9 @@ __all__ = [
     "write_maps",
 ]
 
-VOXELS_PER_CALL = 20_000  # bounds the memory of one call to an estimator
+VOXELS_PER_CALL = 4096  # bounds the memory of one call, and moves the progress bar
+DESCRIPTION = "maps.json"
+FILE_NAME = re.compile(r"\w[\w.+-]*")
 
 
 class Estimator(Protocol):
@@ -396,10 +398,19 @@ def _largest_offset(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...
     return float(np.linalg.norm((homogeneous @ (first - second).T)[:, :3], axis=1).max())
 
 
-def write_maps(maps: ParameterMaps, folder: str | Path, affine: ArrayLike) -> list[Path]:
+def write_maps(
+    maps: ParameterMaps,
+    folder: str | Path,
+    affine: ArrayLike,
+    *,
+    report: Mapping[str, object] | None = None,
+    attachments: Mapping[str, bytes] | None = None,
+) -> list[Path]:
     """Write one NIfTI file per parameter, and ``maps.json`` that describes them.
 
-    A file that exists is replaced as a whole: no reader ever sees half a map.
+    Maps that an earlier call left in the folder are replaced as a whole: no reader ever sees
+    half a map, and ``maps.json``, which is removed first and written last, never describes
+    maps of another run. Other files in the folder are left alone.
     1-D and 2-D maps get trailing axes of length one, since viewers expect volumes.
 
     Parameters
@@ -410,38 +421,61 @@ def write_maps(maps: ParameterMaps, folder: str | Path, affine: ArrayLike) -> li
         Where to write; it is made if it does not exist.
     affine : (4, 4)
         Voxel indices to millimetres, for example ``read_dwi(...).affine``.
+    report : mapping, optional
+        What else ``maps.json`` shall hold, in numbers and words; what stands under
+        ``"parameters"``, a mapping by name, joins the entry of that parameter.
+    attachments : mapping of file name to bytes, optional
+        Further files of the same run, such as a picture.
 
     Returns
     -------
     list of pathlib.Path
         ``<name>.nii.gz`` (float32, unit in the header's description) for each
-        parameter, then ``maps.json`` with names, units, the version of this library
-        and the share of invalid voxels.
+        parameter, the attachments, then ``maps.json`` with names, units, the version of this
+        library, the share of invalid voxels, and `report`.
 
     Raises
     ------
     ValueError
-        If `affine` is not a (4, 4) array of finite numbers, or if a parameter name
-        cannot be a file name.
+        If `affine` is not a (4, 4) array of finite numbers, or if a parameter or an attachment
+        has a name that cannot be a file name.
     """
     affine = np.asarray(affine, dtype=np.float64)
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise ValueError(f"affine: expected (4, 4) finite numbers, got {affine.tolist()}")
-    for name in maps:
-        if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise ValueError(f"maps: the parameter name {name!r} cannot be a file name")
-    if len({name.lower() for name in maps}) < len(maps):
-        raise ValueError(f"maps: the names {maps.names} differ in case only")
+    attachments = dict(attachments or {})
+    for argument, names in (("maps: the parameter", maps), ("attachments: the", attachments)):
+        for name in names:
+            if not FILE_NAME.fullmatch(name):
+                raise ValueError(f"{argument} name {name!r} cannot be a file name")
+    files = {name: f"{name}.nii.gz" for name in maps}
+    written = [*files.values(), *attachments]
+    if len({file.lower() for file in [*written, DESCRIPTION]}) < len(written) + 1:
+        raise ValueError(f"maps: the names {(*maps.names, *attachments)} differ in case only")
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: f"{name}.nii.gz" for name in maps}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as unfinished:
         for name, file in files.items():
             nibabel.save(_nifti(maps[name], name, maps.units[name], affine), Path(unfinished, file))
-        description = json.dumps(_description(maps, files), indent=2, ensure_ascii=False)
-        Path(unfinished, "maps.json").write_text(description + "\n", encoding="utf-8")
-        return [Path(unfinished, f).replace(folder / f) for f in (*files.values(), "maps.json")]
+        for file, content in attachments.items():
+            Path(unfinished, file).write_bytes(content)
+        described = _description(maps, files, attachments, report or {})
+        Path(unfinished, DESCRIPTION).write_text(_json(described) + "\n", encoding="utf-8")
+        outdated = set(_described_files(folder / DESCRIPTION)) - set(written)
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        for file in outdated:
+            (folder / file).unlink(missing_ok=True)
+        return [Path(unfinished, file).replace(folder / file) for file in (*written, DESCRIPTION)]
+
+
+def _described_files(description: Path) -> list[str]:
+    """Files that an earlier call has left, as its ``maps.json`` lists them."""
+    try:
+        files = list(json.loads(description.read_text(encoding="utf-8"))["files"])
+    except (FileNotFoundError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+        return []  # none, or not one of ours: nothing that we might remove
+    return [f for f in files if isinstance(f, str) and FILE_NAME.fullmatch(f)]
 
 
 def _nifti(array: np.ndarray, name: str, unit: str, affine: np.ndarray) -> nibabel.Nifti1Image:
@@ -453,14 +487,30 @@ def _nifti(array: np.ndarray, name: str, unit: str, affine: np.ndarray) -> nibab
     return image
 
 
-def _description(maps: ParameterMaps, files: Mapping[str, str]) -> dict:
+def _json(described: Mapping[str, object]) -> str:
+    """Text with lists of numbers, such as b-values, on one line."""
+    text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+
+
+def _description(
+    maps: ParameterMaps,
+    files: Mapping[str, str],
+    attachments: Iterable[str],
+    report: Mapping[str, object],
+) -> dict:
     voxels, invalid = int(maps.mask.sum()), int(maps.invalid.sum())
+    report = dict(report)
+    more = report.pop("parameters", {})
     return {
         "qmri_version": qmri.__version__,
+        **report,
         "parameters": [
-            {"name": name, "unit": maps.units[name], "file": files[name]} for name in maps
+            {"name": name, "unit": maps.units[name], "file": files[name], **more.get(name, {})}
+            for name in maps
         ],
         "voxels_in_mask": voxels,
         "invalid_voxels": invalid,
         "invalid_share": invalid / voxels,
+        "files": [*files.values(), *attachments],
     }

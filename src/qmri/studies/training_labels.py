@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,14 +69,38 @@ NOISES = {"mle-rician": Rician, "mle-gaussian": Gaussian}
 SHAPES = {"standard": {}, "wide": {"width": 150}, "deep": {"hidden": 10}}
 SHAPE_RECIPES = ("supervised-gt", "supervised-mle-rician")
 POINTS = 10
+# Settings of the further questions.
+_FURTHER = {
+    "wide", "shape_epochs", "simulated", "simulated_epochs", "timed_fits", "timed_steps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """An acquisition to train networks for: b-values in s/mm2, and SNRs (S0 / sigma)."""
+    """An acquisition to train networks for, and what is asked of them.
+
+    Attributes
+    ----------
+    bvalues : tuple of float
+        s/mm2.
+    snrs : tuple of int
+        S0 / sigma, one data set each.
+    recipes : tuple of str
+        Networks trained at each SNR.
+    restarts, replicates : int
+        At most: a scale may ask for fewer.
+    further : bool
+        Whether the paper's further questions are asked of the networks: labels on a bound kept,
+        signals inside the bounds, other shapes, a simulator without derivative, the time that
+        the usual loops take.
+    """
 
     bvalues: tuple[float, ...]
     snrs: tuple[int, ...]
+    recipes: tuple[str, ...] = RECIPES
+    restarts: int = 16
+    replicates: int = 3
+    further: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,7 +147,21 @@ class Scale:
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "paper": Protocol((0, 10, 20, 30, 50, 80, 100, 200, 400, 800), (15, 30)),
-    "abdomen": Protocol((0, 10, 25, 50, 100, 200, 300, 400, 500), (8, 15, 30)),
+    # S0 of training reaches 20 % to either side, so that these SNRs leave no gap from 4 to 38.
+    "abdomen": Protocol(
+        (0, 10, 25, 50, 100, 200, 300, 400, 500),
+        (5, 7, 10, 15, 22, 32),
+        recipes=(
+            "supervised-gt",
+            "self-supervised",
+            "supervised-mle-rician",
+            "supervised-mle-gaussian",
+            "hybrid-0.5",
+        ),
+        restarts=8,
+        replicates=1,
+        further=False,
+    ),
 }
 SCALES: Mapping[str, Scale] = {
     "quick": Scale(
@@ -191,7 +230,8 @@ def run(
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     name = _study_name(protocol)
-    study = _Study(SCALES[scale], PROTOCOLS[protocol], seed)
+    asked = PROTOCOLS[protocol]
+    study = (_WholeStudy if asked.further else _Study)(SCALES[scale], asked, seed)
     command = f"qmri study training-labels --scale {scale}"
     command += "" if protocol == "paper" else f" --protocol {protocol}"
     return artefacts.carry_out(
@@ -206,16 +246,30 @@ def _study_name(protocol: str) -> str:
     return "training-labels" + ("" if protocol == "paper" else f"-{protocol}")
 
 
+class _Tested(NamedTuple):
+    """What every protocol leaves; the last two by SNR."""
+
+    restarts: dict[str, Array]
+    networks: dict[str, Array]
+    likelihood: dict[int, dict[str, Array]]
+    statistics: dict[int, dict[str, Array]]
+
+
 class _Study:
-    """The stages of one run; each depends on earlier ones and on the settings alone."""
+    """Networks trained and tested; each stage depends on earlier ones and the settings alone."""
 
     def __init__(self, scale: Scale, protocol: Protocol, seed: int):
+        scale = replace(
+            scale,
+            restarts=min(scale.restarts, protocol.restarts),
+            replicates=min(scale.replicates, protocol.replicates),
+        )
         if scale.replicates > scale.restarts:
             raise ValueError(
                 f"replicates must not be more than restarts, {scale.restarts}, since each begins "
                 f"from another one, got {scale.replicates}"
             )
-        self.scale, self.seed = scale, seed
+        self.scale, self.seed, self.recipes = scale, seed, protocol.recipes
         self.model = IVIM(protocol.bvalues)
         self.grid = Grid.regular(self.model, POINTS)
         self.snrs, self.high = protocol.snrs, max(protocol.snrs)
@@ -227,85 +281,64 @@ class _Study:
     @property
     def settings(self) -> dict:
         return {
-            **vars(self.scale),
+            **{name: value for name, value in vars(self.scale).items() if name not in _FURTHER},
             "bvalues": list(self.model.bvalues),
             "snrs": list(self.snrs),
-            "recipes": list(RECIPES),
+            "recipes": list(self.recipes),
             "points": POINTS,
         }
 
     def compute(self, stages: Stages) -> tuple[dict[str, Mapping], dict]:
         """All stages; returns the files to keep and the numbers for the manifest."""
+        tested = self._trained_and_tested(stages)
+        return self._files(tested), self._results(tested)
+
+    def _trained_and_tested(self, stages: Stages) -> _Tested:
         labels = {
             snr: stages.run(f"labels-snr{snr}", lambda snr=snr: self._labels(snr))
             for snr in self.snrs
         }
         self.datasets = {snr: self._labelled(snr, labels[snr]) for snr in self.snrs}
         restarts = stages.run("restarts", lambda: self._restarts(stages.path("restarts")))
-        table = {name: recipe(name) for name in RECIPES}
+        table = {name: recipe(name) for name in self.recipes}
         networks = stages.run(
             "networks", lambda: self._networks(stages.path("networks"), restarts, table)
         )
         likelihood = {
             snr: stages.run(f"mle-snr{snr}", lambda snr=snr: self._mle(snr)) for snr in self.snrs
         }
-        tested = {
+        statistics = {
             snr: stages.run(f"test-snr{snr}", lambda snr=snr: self._test(snr, networks, table))
             for snr in self.snrs
         }
-        kept = stages.run("kept", lambda: self._networks(stages.path("kept"), restarts, KEPT))
-        for snr in self.snrs:
-            tested[snr] |= stages.run(f"kept-snr{snr}", lambda snr=snr: self._test(snr, kept, KEPT))
-        inside = {
-            snr: stages.run(f"inside-snr{snr}", lambda snr=snr: self._inside(snr, networks | kept))
-            for snr in self.snrs
-        }
-        simulator = stages.run("black-box", lambda: self._black_box(stages.path("black-box")))
-        loops = stages.run("straightforward", self._straightforward)
-        shapes = {}
-        for shape in SHAPES:
-            name = f"shape-{shape}"
-            found = stages.run(name, lambda s=shape, n=name: self._shape(stages.path(n), s))
-            shapes |= {f"{shape}/{k}": v for k, v in found.items()}
+        return _Tested(restarts, networks, likelihood, statistics)
 
-        weights = {k: v for k, v in networks.items() if not k.startswith("history/")}
+    def _files(self, tested: _Tested) -> dict[str, dict]:
+        weights = {k: v for k, v in tested.networks.items() if not k.startswith("history/")}
         weights |= {"widths": np.array(mlp_widths(self.model)), "scale": self._mean()}
+        histories = {"restarts": tested.restarts, "networks": tested.networks}
         files = {
             pretrained.FILE: weights,
             "training.npz": {
-                **{f"restarts/{k}": v for k, v in with_prefix(restarts, "history/").items()},
-                **{f"networks/{k}": v for k, v in with_prefix(networks, "history/").items()},
-                **{f"shapes/{k}": v for k, v in shapes.items()},
+                f"{stage}/{k}": v
+                for stage, arrays in histories.items()
+                for k, v in with_prefix(arrays, "history/").items()
             },
-        }
-        # Times differ from run to run: they stand in the manifest, not in a file with a checksum.
-        times = with_prefix(simulator, "seconds/")
-        files["black-box.npz"] = {
-            k: v for k, v in simulator.items() if not k.startswith("seconds/")
-        }
-        files["inside.npz"] = {
-            f"snr{snr}/{k}": v for snr in self.snrs for k, v in inside[snr].items()
         }
         for snr in self.snrs:
-            files[f"grid-snr{snr}.npz"] = {**with_prefix(likelihood[snr], "grid/"), **tested[snr]}
-        results = {
+            likelihood = with_prefix(tested.likelihood[snr], "grid/")
+            files[f"grid-snr{snr}.npz"] = {**likelihood, **tested.statistics[snr]}
+        return files
+
+    def _results(self, tested: _Tested) -> dict:
+        shares = {snr: with_prefix(tested.likelihood[snr], "share/") for snr in self.snrs}
+        return {
             "labels": {f"snr{snr}": self._label_results(snr) for snr in self.snrs},
             "maximum-likelihood": {
-                f"snr{snr}": {
-                    k: float(v) for k, v in with_prefix(likelihood[snr], "share/").items()
-                }
-                for snr in self.snrs
+                f"snr{snr}": {k: float(v) for k, v in found.items()}
+                for snr, found in shares.items()
             },
-            "black-box": {
-                "rmse of v": {
-                    str(name): float(simulator[f"rmse/{name}"][:, -1].mean())
-                    for name in simulator["estimators"]
-                },
-                "seconds": {name: float(value) for name, value in times.items()},
-            },
-            "speed": self._speed(stages.seconds, restarts, networks, tested, loops),
         }
-        return files, results
 
     # --- stages ------------------------------------------------------------------------------
 
@@ -382,29 +415,6 @@ class _Study:
         names = np.array([f"snr{s}/{n}/{r}" for s, n, r in jobs])
         return arrays | _history(history) | {"history/names": names}
 
-    def _shape(self, checkpoint: Path, shape: str) -> dict[str, Array]:
-        """Networks of one shape for two recipes, all from scratch."""
-        dataset = self.datasets[self.high]
-        count = self.scale.wide if shape == "wide" else 2 * self.scale.wide
-        names = [name for name in SHAPE_RECIPES for _ in range(count)]
-        tasks = [
-            Task(dataset, recipe(name), self._order(k % count)) for k, name in enumerate(names)
-        ]
-        begin = self._fresh(len(tasks), 1 + list(SHAPES).index(shape), **SHAPES[shape])
-        options = {**self.options, "epochs": self.scale.shape_epochs}
-        trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **options)
-        each = {str(k): self._estimator(trained.at([k]), self.high) for k in range(len(trained))}
-        loss = [
-            np.mean(np.sum((found.rmse / self._mean()) ** 2, axis=1))
-            for found in self._evaluated(self.high, each).values()
-        ]
-        return {
-            **with_prefix(_history(history), "history/"),
-            "recipe": np.array(names),
-            "weights": np.array(sum(w[0].size for w in trained.arrays().values())),
-            "test": np.array(loss),
-        }
-
     def _mle(self, snr: int) -> dict[str, Array]:
         """Maximum likelihood on the test grid, from the truth and from the mean tissue."""
         arrays = {}
@@ -440,33 +450,6 @@ class _Study:
             arrays |= _grid_arrays(label, statistics)
         return {k.removeprefix("grid/"): v for k, v in arrays.items()}
 
-    def _inside(self, snr: int, networks: Mapping) -> dict[str, Array]:
-        """Errors over the test signals whose maximum likelihood lies inside the bounds.
-
-        Nodes of the grid with fewer than `FEWEST_INSIDE` such signals are left out.
-        """
-        noise = Rician(1 / snr)
-        trained = self._stored(snr, networks, INSIDE)
-        found = {label: self._accumulator() for label in ("mle-rician/0", *trained)}
-        for nodes, theta, signals in self._blocks(snr, f"inside the bounds, SNR {snr}"):
-            fit = fit_mle(self.model, noise, signals, start=theta)
-            found["mle-rician/0"].add(nodes, _masked(fit.theta, fit.at_bound))
-            for label, estimator in trained.items():
-                found[label].add(nodes, _masked(estimator.estimate(signals), fit.at_bound))
-        statistics = {label: accumulator.statistics() for label, accumulator in found.items()}
-        teacher = statistics["mle-rician/0"]
-        enough = teacher.valid >= FEWEST_INSIDE
-        arrays = {"nodes": np.array(enough.sum()), "share": np.array(np.mean(teacher.valid))}
-        arrays["share"] = arrays["share"] / self.scale.repeats
-        for name in ("mle-rician", *INSIDE):
-            replicates = [v for k, v in statistics.items() if k.rsplit("/", 1)[0] == name]
-            for metric in ("bias", "sd", "rmse"):
-                own = [np.abs(getattr(v, metric))[enough] for v in replicates]
-                rival = np.abs(getattr(teacher, metric))[enough]
-                arrays[f"{name}/{metric}"] = np.mean(own, axis=1)
-                arrays[f"{name}/wins/{metric}"] = np.mean(own < rival, axis=1)
-        return arrays
-
     def _stored(
         self, snr: int, networks: Mapping, recipes: Iterable[str]
     ) -> dict[str, NetworkEstimator]:
@@ -478,36 +461,6 @@ class _Study:
                 network.load({k: v[[replicate]] for k, v in weights.items()})
                 trained[f"{name}/{replicate}"] = self._estimator(network, snr)
         return trained
-
-    def _black_box(self, checkpoint: Path) -> dict[str, Array]:
-        """Networks for a simulator that has no derivative."""
-        scale = self.scale
-        return black_box.compare(
-            scale.simulated, scale.simulated_epochs, self.seed, checkpoint=checkpoint, progress=True
-        )
-
-    def _straightforward(self) -> dict[str, Array]:
-        """Seconds a fit and a training step take in the usual loops; our networks' voxels/s."""
-        dataset = self.datasets[self.high]
-        fits = self.scale.timed_fits
-        begin = time.perf_counter()
-        with threadpool_limits(1):  # more BLAS threads only get into the way of tiny arrays
-            for kind in NOISES.values():
-                _scipy_loop(
-                    self.model, kind(1 / self.high), dataset.signals[:fits], dataset.theta[:fits]
-                )
-        fit = (time.perf_counter() - begin) / (2 * fits)
-        step = _dataloader_step(dataset, self.scale.batch, self.scale.timed_steps, self.seed)
-        estimator = self._estimator(self._fresh(1, 9), self.high)
-        signals = np.tile(dataset.signals, (max(1, 1_000_000 // len(dataset.signals)), 1))
-        rates = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            estimator.estimate(signals)
-            rates.append(len(signals) / (time.perf_counter() - begin))
-        return {
-            "fit": np.array(fit), "step": np.array(step), "estimate": np.array(max(rates)),
-        }  # fmt: skip
 
     # --- parts of stages ---------------------------------------------------------------------
 
@@ -547,10 +500,137 @@ class _Study:
             }
         return results
 
+
+class _WholeStudy(_Study):
+    """The same, and the paper's further questions."""
+
+    @property
+    def settings(self) -> dict:
+        return {**vars(self.scale), **super().settings}
+
+    def compute(self, stages: Stages) -> tuple[dict[str, Mapping], dict]:
+        tested = self._trained_and_tested(stages)
+        restarts, networks, _, statistics = tested
+        kept = stages.run("kept", lambda: self._networks(stages.path("kept"), restarts, KEPT))
+        for snr in self.snrs:
+            found = stages.run(f"kept-snr{snr}", lambda snr=snr: self._test(snr, kept, KEPT))
+            statistics[snr] |= found
+        inside = {
+            snr: stages.run(f"inside-snr{snr}", lambda snr=snr: self._inside(snr, networks | kept))
+            for snr in self.snrs
+        }
+        simulator = stages.run("black-box", lambda: self._black_box(stages.path("black-box")))
+        loops = stages.run("straightforward", self._straightforward)
+        shapes = {}
+        for shape in SHAPES:
+            name = f"shape-{shape}"
+            found = stages.run(name, lambda s=shape, n=name: self._shape(stages.path(n), s))
+            shapes |= {f"{shape}/{k}": v for k, v in found.items()}
+
+        files = self._files(tested)
+        files["training.npz"] |= {f"shapes/{k}": v for k, v in shapes.items()}
+        # Times differ from run to run: they stand in the manifest, not in a file with a checksum.
+        times = with_prefix(simulator, "seconds/")
+        files["black-box.npz"] = {
+            k: v for k, v in simulator.items() if not k.startswith("seconds/")
+        }
+        files["inside.npz"] = {
+            f"snr{snr}/{k}": v for snr in self.snrs for k, v in inside[snr].items()
+        }
+        results = self._results(tested)
+        results["black-box"] = {
+            "rmse of v": {
+                str(name): float(simulator[f"rmse/{name}"][:, -1].mean())
+                for name in simulator["estimators"]
+            },
+            "seconds": {name: float(value) for name, value in times.items()},
+        }
+        results["speed"] = self._speed(stages.seconds, restarts, networks, loops)
+        return files, results
+
+    def _shape(self, checkpoint: Path, shape: str) -> dict[str, Array]:
+        """Networks of one shape for two recipes, all from scratch."""
+        dataset = self.datasets[self.high]
+        count = self.scale.wide if shape == "wide" else 2 * self.scale.wide
+        names = [name for name in SHAPE_RECIPES for _ in range(count)]
+        tasks = [
+            Task(dataset, recipe(name), self._order(k % count)) for k, name in enumerate(names)
+        ]
+        begin = self._fresh(len(tasks), 1 + list(SHAPES).index(shape), **SHAPES[shape])
+        options = {**self.options, "epochs": self.scale.shape_epochs}
+        trained, history = train_in_parallel(begin, tasks, checkpoint=checkpoint, **options)
+        each = {str(k): self._estimator(trained.at([k]), self.high) for k in range(len(trained))}
+        loss = [
+            np.mean(np.sum((found.rmse / self._mean()) ** 2, axis=1))
+            for found in self._evaluated(self.high, each).values()
+        ]
+        return {
+            **with_prefix(_history(history), "history/"),
+            "recipe": np.array(names),
+            "weights": np.array(sum(w[0].size for w in trained.arrays().values())),
+            "test": np.array(loss),
+        }
+
+    def _inside(self, snr: int, networks: Mapping) -> dict[str, Array]:
+        """Errors over the test signals whose maximum likelihood lies inside the bounds.
+
+        Nodes of the grid with fewer than `FEWEST_INSIDE` such signals are left out.
+        """
+        noise = Rician(1 / snr)
+        trained = self._stored(snr, networks, INSIDE)
+        found = {label: self._accumulator() for label in ("mle-rician/0", *trained)}
+        for nodes, theta, signals in self._blocks(snr, f"inside the bounds, SNR {snr}"):
+            fit = fit_mle(self.model, noise, signals, start=theta)
+            found["mle-rician/0"].add(nodes, _masked(fit.theta, fit.at_bound))
+            for label, estimator in trained.items():
+                found[label].add(nodes, _masked(estimator.estimate(signals), fit.at_bound))
+        statistics = {label: accumulator.statistics() for label, accumulator in found.items()}
+        teacher = statistics["mle-rician/0"]
+        enough = teacher.valid >= FEWEST_INSIDE
+        arrays = {"nodes": np.array(enough.sum()), "share": np.array(np.mean(teacher.valid))}
+        arrays["share"] = arrays["share"] / self.scale.repeats
+        for name in ("mle-rician", *INSIDE):
+            replicates = [v for k, v in statistics.items() if k.rsplit("/", 1)[0] == name]
+            for metric in ("bias", "sd", "rmse"):
+                own = [np.abs(getattr(v, metric))[enough] for v in replicates]
+                rival = np.abs(getattr(teacher, metric))[enough]
+                arrays[f"{name}/{metric}"] = np.mean(own, axis=1)
+                arrays[f"{name}/wins/{metric}"] = np.mean(own < rival, axis=1)
+        return arrays
+
+    def _black_box(self, checkpoint: Path) -> dict[str, Array]:
+        """Networks for a simulator that has no derivative."""
+        scale = self.scale
+        return black_box.compare(
+            scale.simulated, scale.simulated_epochs, self.seed, checkpoint=checkpoint, progress=True
+        )
+
+    def _straightforward(self) -> dict[str, Array]:
+        """Seconds a fit and a training step take in the usual loops; our networks' voxels/s."""
+        dataset = self.datasets[self.high]
+        fits = self.scale.timed_fits
+        begin = time.perf_counter()
+        with threadpool_limits(1):  # more BLAS threads only get into the way of tiny arrays
+            for kind in NOISES.values():
+                _scipy_loop(
+                    self.model, kind(1 / self.high), dataset.signals[:fits], dataset.theta[:fits]
+                )
+        fit = (time.perf_counter() - begin) / (2 * fits)
+        step = _dataloader_step(dataset, self.scale.batch, self.scale.timed_steps, self.seed)
+        estimator = self._estimator(self._fresh(1, 9), self.high)
+        signals = np.tile(dataset.signals, (max(1, 1_000_000 // len(dataset.signals)), 1))
+        rates = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            estimator.estimate(signals)
+            rates.append(len(signals) / (time.perf_counter() - begin))
+        return {
+            "fit": np.array(fit), "step": np.array(step), "estimate": np.array(max(rates)),
+        }  # fmt: skip
+
     def _speed(
-        self, seconds: Mapping, restarts: Mapping, networks: Mapping, tested: Mapping,
-        loops: Mapping,
-    ) -> dict:  # fmt: skip
+        self, seconds: Mapping, restarts: Mapping, networks: Mapping, loops: Mapping
+    ) -> dict:
         """Measured seconds of our way, and of the usual way as extrapolated from a slice."""
         scale, snrs = self.scale, len(self.snrs)
         steps_an_epoch = -(-round(0.8 * scale.voxels) // scale.batch)
