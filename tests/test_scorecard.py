@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from qmri.artefacts import MissingArtefacts
-from qmri.studies import crb_loss, scorecard, scorecard_crb
+from qmri.studies import (
+    abdomen,
+    brain,
+    crb_loss,
+    scorecard,
+    scorecard_abdomen,
+    scorecard_brain,
+    scorecard_crb,
+)
 from qmri.studies.training_labels import Results
 
 PAGE = Path(__file__).parents[1] / "book" / "scorecard.ipynb"
@@ -38,6 +46,18 @@ def rows_b(fingerprints) -> list[scorecard.Row]:
     return scorecard_crb.part_b(fingerprints)
 
 
+@pytest.fixture(scope="module")
+def rows_in_vivo() -> list[scorecard.Row]:
+    try:
+        volunteers, one_slice = abdomen.Results(), brain.Results()
+    except MissingArtefacts as error:
+        pytest.skip(str(error))
+    return [
+        *scorecard_abdomen.part_a_in_vivo(volunteers),
+        *scorecard_brain.part_b_in_vivo(one_slice),
+    ]
+
+
 def row(held: int, compared: int) -> scorecard.Row:
     return scorecard.Row("A0", "claim", "1", "number", held, compared)
 
@@ -55,10 +75,11 @@ def test_a_verdict_is_a_count(held, compared, verdict):
     assert row(held, compared).verdict == verdict
 
 
-def test_every_simulated_claim_has_a_row(rows, rows_b):
+def test_every_claim_has_a_row(rows, rows_b, rows_in_vivo):
+    assert [r.id for r in rows_in_vivo] == ["A12", "A13", "B8", "B9"]
     assert [r.id for r in rows] == [f"A{k}" for k in (*range(1, 12), 14)]
     assert [r.id for r in rows_b] == [f"B{k}" for k in (*range(1, 8), *range(10, 13))]
-    for r in [*rows, *rows_b]:
+    for r in [*rows, *rows_b, *rows_in_vivo]:
         assert 0 <= r.held <= r.compared and r.compared >= 2
         assert "nan" not in r.measured
 
@@ -100,7 +121,7 @@ def test_claims_about_the_crb_loss_can_fail(fingerprints):
         assert getattr(dishonest, claim)().held == compared - held
 
 
-def test_the_page_shows_the_verdicts_of_the_stored_studies(rows, rows_b):
+def test_the_page_shows_the_verdicts_of_the_stored_studies(rows, rows_b, rows_in_vivo):
     """Read, not executed: a study that was run again without its page is noticed at once."""
     notebook = json.loads(PAGE.read_text(encoding="utf-8"))
     shown = [
@@ -112,3 +133,5 @@ def test_the_page_shows_the_verdicts_of_the_stored_studies(rows, rows_b):
     ]
     assert scorecard.as_markdown(rows) in shown
     assert scorecard.as_markdown(rows_b) in shown
+    assert scorecard.as_markdown(rows_in_vivo[:2]) in shown
+    assert scorecard.as_markdown(rows_in_vivo[2:]) in shown
