@@ -80,8 +80,9 @@ WINDOW = 7  # rows and columns of voxels over which the noise is averaged
 # How much of the residual is noise: all of it, or what differs from voxel to voxel.
 NOISES = ("residual", "local")
 DEEP = ("lentiform nucleus", "caudate nucleus", "thalamus")
-# Outlines in rows and columns of the whole slice, whose left side is the forehead, drawn on the
-# maps by least squares. The slice lies too high to tell the pallidum from the putamen.
+# Outlines in rows and columns of the whole slice, whose left side is the forehead, sketched on the
+# T2f map of the CRB network and confirmed on the maps by least squares: not blind to a candidate.
+# The slice lies too high to tell the pallidum from the putamen.
 OUTLINES: Mapping[str, tuple[tuple[float, float], ...]] = {
     "lentiform nucleus upper": (
         (54.5, 92.0), (54.5, 106.0), (58.5, 109.0), (61.0, 104.0), (62.5, 92.0), (59.0, 88.0),

@@ -36,6 +36,8 @@ def part_b_in_vivo(results: Results) -> list[Row]:
     over all tissue (correlation; difference on average), for m0s and T1; then, for each deep
     structure whose T2f is shorter than that of white matter by least squares, whether the
     network taught by the CRB loss has at least half of that contrast and the other less.
+    The outlines of these structures were sketched on the map of the first of the two networks,
+    which may favour it.
 
     References
     ----------
