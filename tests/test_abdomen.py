@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-
 import numpy as np
 import pytest
 
-from qmri import IVIM, Rician, cli, training
-from qmri.artefacts import MissingArtefacts, home, read_manifest
+from qmri import IVIM, Rician, training
+from qmri.artefacts import MissingArtefacts, read_manifest
 from qmri.networks import NetworkBank, NetworkEstimator, Networks, mlp_widths
 from qmri.noise import sigma_from_repeats
 from qmri.sources import AbdominalScan, DataUnavailable, load_abdomen
@@ -222,7 +220,7 @@ class TestCurves:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("mle", "f"), "estimator must be one of mle-rician, .*split-half or truth, got 'mle'"),
+            (("mle", "f"), "estimator must be one of mle-rician, .*split-half, truth, got 'mle'"),
             (("mle-rician", "S0"), "parameter must be one of f, Dslow, Dfast, got 'S0'"),
             (("mle-rician", "f", "alone"), "design must be one of together, apart, got 'alone'"),
             (("truth", "f"), "truth is known of simulated tissue alone"),
@@ -355,7 +353,7 @@ class TestInSmall:
         maps = results.maps(2)
         for name in ("reference", *ESTIMATORS):
             assert maps[name].shape == (16, 20, 3) and np.isfinite(maps[name]).all()
-        with pytest.raises(ValueError, match=r"volunteer must be one of \[2\], got 3"):
+        with pytest.raises(ValueError, match=r"volunteer must be one of 2, got 3"):
             results.maps(3)
 
     def test_networks_trained_on_volunteers_were_judged_on_both_times(self, results):
@@ -402,9 +400,9 @@ class TestRefused:
             run("quick", out=tmp_path / "out")
 
     def test_results_that_there_are_not(self, results):
-        with pytest.raises(ValueError, match="name must be in-vivo, matched or uniform"):
+        with pytest.raises(ValueError, match="name must be one of in-vivo, matched, uniform"):
             results.measured("in-vitro")
-        with pytest.raises(ValueError, match="state must be 'measured' or 'noise added'"):
+        with pytest.raises(ValueError, match="state must be one of measured, noise added"):
             results.phantom("flow")
 
 
@@ -446,20 +444,8 @@ def stored() -> Results:
 class TestOfTheBook:
     """What is committed in ``data/abdomen``."""
 
-    def test_it_is_small_and_whole(self, stored):
-        files = [p for p in (home() / "abdomen").rglob("*") if p.is_file()]
-        assert max(path.stat().st_size for path in files) < 4_000_000
-        for name in stored.study.manifest.files:
-            for values in stored.study.arrays(name).values():
-                assert not values.dtype.hasobject
-
     def test_it_was_made_with_the_stored_networks(self, stored):
         assert stored.study.settings["networks"] == abdomen._networks()
-
-    def test_its_command_can_be_typed(self, stored):
-        manifest = stored.study.manifest
-        options = cli._parser().parse_args(shlex.split(manifest.command)[1:])
-        assert (options.study, options.scale) == ("abdomen", stored.study.scale)
 
     def test_claims_can_fail(self, stored):
         """Two estimators under each other's names."""

@@ -243,7 +243,7 @@ class TestFunctionModel:
 
     def test_unknown_amplitude_is_refused(self):
         t2 = Parameter("T2", "T_2", "s", (0.5, 2), (0.1, 5))
-        with pytest.raises(ValueError, match=r"amplitude must be one of \('T2',\), got 'S0'"):
+        with pytest.raises(ValueError, match=r"amplitude must be one of T2, got 'S0'"):
             FunctionModel(lambda t, T2: t / T2, [1.0], [t2], amplitude="S0")
 
 

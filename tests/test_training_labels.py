@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qmri import IVIM, Rician, cli, load_estimator, training
-from qmri.artefacts import Stages, home, load_arrays, read_manifest
+from qmri import IVIM, Rician, load_estimator, training
+from qmri.artefacts import Stages, load_arrays, read_manifest
 from qmri.evaluation import evaluate
 from qmri.studies import training_labels
 from qmri.studies.training_labels import KEPT, PROTOCOLS, RECIPES, SCALES, Results, Scale, run
@@ -47,13 +45,8 @@ def results(tiny) -> Results:
 
 
 class TestInSmall:
-    def test_the_manifest_lists_every_file(self, tiny):
-        manifest = read_manifest(tiny)
-        assert set(manifest.files) == FILES
-        assert {path.name for path in tiny.iterdir()} == {*FILES, "manifest.json"}
-        for name, entry in manifest.files.items():
-            content = (tiny / name).read_bytes()
-            assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    def test_the_manifest_lists_every_file(self, tiny, check_listed):
+        check_listed(tiny, FILES)
 
     def test_the_manifest_says_how_it_was_made(self, tiny):
         manifest = read_manifest(tiny)
@@ -222,7 +215,7 @@ class TestRefused:
         assert list(tmp_path.iterdir()) == []
 
     def test_results_that_there_are_not(self, results):
-        with pytest.raises(ValueError, match=r"snr must be one of \(15, 30\), got 20"):
+        with pytest.raises(ValueError, match=r"snr must be one of 15, 30, got 20"):
             results.statistics(20, "supervised-gt")
         with pytest.raises(ValueError, match="among those tested, .*self-.* got 'supervised'"):
             results.statistics(15, "supervised")
@@ -251,15 +244,8 @@ def stored() -> Results:
 class TestOfTheBook:
     """What is committed in ``data/training-labels``."""
 
-    def test_it_is_small(self):
-        files = [p for p in (home() / "training-labels").rglob("*") if p.is_file()]
-        assert sum(path.stat().st_size for path in files) < 5_000_000
-
-    def test_every_file_is_what_the_manifest_says(self, stored):
+    def test_files_are_those_of_the_code(self, stored):
         assert set(stored.study.manifest.files) == FILES
-        for name in FILES:
-            for values in stored.study.arrays(name).values():
-                assert not values.dtype.hasobject
 
     def test_every_network_was_trained_and_tested(self, stored):
         weights = stored.study.arrays("networks.npz")
@@ -279,12 +265,6 @@ class TestOfTheBook:
                 assert settings[name] == value, name
         assert tuple(settings["bvalues"]) == PROTOCOLS["paper"].bvalues
         assert tuple(settings["recipes"]) == RECIPES
-
-    def test_its_command_can_be_typed(self, stored):
-        manifest = stored.study.manifest
-        options = cli._parser().parse_args(shlex.split(manifest.command)[1:])
-        assert (options.study, options.scale) == ("training-labels", stored.study.scale)
-        assert options.seed == manifest.seed
 
     @pytest.mark.parametrize("snr", [15, 30])
     @pytest.mark.parametrize("name", RECIPES)

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import qmri
+from qmri._choices import check_choice
 
 __all__ = [
     "CorruptArtefact",
@@ -37,6 +38,7 @@ __all__ = [
     "MissingArtefacts",
     "Stages",
     "Study",
+    "StudyResults",
     "carry_out",
     "describe_files",
     "folder",
@@ -44,6 +46,7 @@ __all__ = [
     "load_arrays",
     "read_manifest",
     "save_arrays",
+    "study_name",
     "with_prefix",
     "write_manifest",
 ]
@@ -124,12 +127,17 @@ def folder(study: str) -> Path:
 
 
 def _how_to_make(study: str) -> str:
+    command = _command(study, "quick")
+    return f"run `{command}`, or the same with --scale paper for the paper's numbers"
+
+
+def _command(study: str, scale: str) -> str:
+    """What to type to make a study; its name tells the protocol, see `study_name`."""
     protocol = ""
     for name in ("abdomen", "default"):
         if study.endswith(f"-{name}"):
             study, protocol = study.removesuffix(f"-{name}"), f" --protocol {name}"
-    command = f"qmri study {study} --scale quick{protocol}"
-    return f"run `{command}`, or the same with --scale paper for the paper's numbers"
+    return f"qmri study {study} --scale {scale}{protocol}"
 
 
 # Array files
@@ -541,6 +549,45 @@ class Study:
         )
 
 
+class StudyResults:
+    """What a run of a study has left; each study has one that knows what its files mean.
+
+    Parameters
+    ----------
+    name : str
+        Name of the study.
+    location : path, optional
+        Folder of the results; by default the one that the book reads.
+
+    Attributes
+    ----------
+    study : Study
+
+    Raises
+    ------
+    MissingArtefacts
+        If the study has not been run; the message names the command.
+    """
+
+    def __init__(self, name: str, location: str | Path | None = None) -> None:
+        self.study = Study(name, location)
+        self._files: dict[str, dict[str, np.ndarray]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Results {self.study!r}>"
+
+    @property
+    def label(self) -> str:
+        """The scale, as figures state it: "paper scale" or "quick scale"."""
+        return self.study.label
+
+    def arrays(self, file: str) -> dict[str, np.ndarray]:
+        """One file of the study, by its name without ``.npz``; kept once read."""
+        if file not in self._files:
+            self._files[file] = self.study.arrays(f"{file}.npz")
+        return self._files[file]
+
+
 # Writing a study
 
 
@@ -668,12 +715,35 @@ class Stages:
             file.write(_json("seconds", {"seconds": round(seconds, 3), "finished": finished}))
 
 
+def study_name(study: str, protocol: str, protocols: Iterable[str]) -> str:
+    """Name of a study of one protocol, which is also that of its folder.
+
+    Parameters
+    ----------
+    study : str
+        As ``qmri study`` takes it.
+    protocol : str
+    protocols : iterable of str
+        Those there are; the first is what the study is about, and not named.
+
+    Raises
+    ------
+    ValueError
+        If there is no such protocol.
+    """
+    first, *others = protocols
+    check_choice("protocol", protocol, (first, *others))
+    return study if protocol == first else f"{study}-{protocol}"
+
+
 def carry_out(
     study: str,
-    command: str,
-    settings: Mapping,
     compute: Callable[[Stages], tuple[Mapping[str, Mapping], Mapping]],
+    settings: Mapping,
     *,
+    scale: str,
+    seed: int,
+    protocol: str | None = None,
     out: str | Path | None = None,
     fresh: bool = False,
 ) -> Path:
@@ -682,13 +752,15 @@ def carry_out(
     Parameters
     ----------
     study : str
-        Its name, which is also that of its folder.
-    command : str
-        What to type to make the files again, but for the seed, which is added if it is not 0.
-    settings : mapping
-        All that the results depend on, with ``scale`` and ``seed``.
+        Its name, which is also that of its folder, as `study_name` gives it.
     compute : callable
         Gets the stages, returns arrays by file name, and results for the manifest.
+    settings : mapping
+        All that the results depend on, but for what follows.
+    scale : str
+    seed : int
+    protocol : str, optional
+        Of a study that has several.
     out : path, optional
         Folder for the results; by default the one that the book reads.
     fresh : bool
@@ -705,15 +777,16 @@ def carry_out(
         If the work folder holds another run's stages.
     """
     target = home() / study if out is None else Path(out)
-    work = target.parent / ".work" / f"{target.name}-{settings['scale']}"
+    work = target.parent / ".work" / f"{target.name}-{scale}"
+    named = {"scale": scale} if protocol is None else {"scale": scale, "protocol": protocol}
+    settings = {**named, "seed": seed, **settings}
     stages = (Stages.fresh if fresh else Stages)(work, settings)
     files, results = compute(stages)
     for file, arrays in files.items():
         save_arrays(target / file, arrays)
-    seed = settings["seed"]
-    command += "" if seed == 0 else f" --seed {seed}"
+    command = _command(study, scale) + ("" if seed == 0 else f" --seed {seed}")
     manifest = Manifest(
-        study=study, scale=settings["scale"], command=command, seed=seed, settings=dict(settings),
+        study=study, scale=scale, command=command, seed=seed, settings=settings,
         stages=stages.seconds, files=describe_files(target, files), results=dict(results),
     )  # fmt: skip
     write_manifest(target, manifest)

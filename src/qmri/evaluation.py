@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from qmri._choices import check_choice
 from qmri.models import Array, SignalModel
 from qmri.noise import Noise
 
@@ -144,8 +145,7 @@ class Grid:
         return int(np.prod(self.shape))
 
     def _column(self, name: str) -> int:
-        if name not in self.model.names:
-            raise ValueError(f"parameter must be one of {self.model.names}, got {name!r}")
+        check_choice("parameter", name, self.model.names)
         return self.model.names.index(name)
 
     def _axis(self, name: str) -> int:
@@ -836,8 +836,7 @@ def difference_map(
     grid = first.grid
     if not grid._same_as(second.grid):
         raise ValueError("first and second must be on the same grid, got two different ones")
-    if metric not in _METRICS:
-        raise ValueError(f"metric must be one of {_METRICS}, got {metric!r}")
+    check_choice("metric", metric, _METRICS)
     column = grid._column(parameter)
     if not set(at) <= set(grid.axes) or len(at) != len(grid.axes) - 2:
         raise ValueError(

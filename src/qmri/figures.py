@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 
+from qmri._choices import check_choice
 from qmri.evaluation import GridStatistics, marginal, mean_map
 from qmri.models import Parameter
 
@@ -135,8 +136,7 @@ def line_style(name: str) -> dict[str, object]:
     ValueError
         If the name has no style.
     """
-    if name not in _LINES:
-        raise ValueError(f"name must be one of {sorted(_LINES)}, got {name!r}")
+    check_choice("name", name, sorted(_LINES))
     return dict(_LINES[name])
 
 

@@ -19,6 +19,7 @@ import nibabel
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qmri._choices import check_choice
 from qmri.mle import fit_mle
 from qmri.models import IVIM, Array, Parameter, SignalModel
 from qmri.networks import NetworkEstimator
@@ -204,9 +205,8 @@ def estimate_files(
 
 
 def _check_choices(model: str, noise: str, estimator: str, sigma: float | None) -> None:
-    for name, value, known in (("model", model, MODELS), ("noise", noise, NOISES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    check_choice("model", model, MODELS)
+    check_choice("noise", noise, NOISES)
     if sigma is not None and not (np.ndim(sigma) == 0 and np.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma must be a positive number, got {sigma!r}")
     if estimator == LIKELIHOOD:

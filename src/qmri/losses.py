@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from qmri._choices import check_choice
 from qmri.datasets import Dataset
 from qmri.models import Array, SignalModel
 
@@ -102,8 +103,7 @@ class FingerprintLoss:
                 )
             weights = 1 / np.abs(truth)
         if self.only is not None:
-            if self.only not in names:
-                raise ValueError(f"only must be one of {tuple(names)}, got {self.only!r}")
+            check_choice("only", self.only, names)
             weights = weights * np.where(np.array(names) == self.only, len(names), 0)
         return weights
 
@@ -128,8 +128,7 @@ def fingerprint_loss(name: str) -> FingerprintLoss:
     ValueError
         If there is no such loss.
     """
-    if name not in FINGERPRINT_LOSSES:
-        raise ValueError(f"name must be one of {', '.join(FINGERPRINT_LOSSES)}, got {name!r}")
+    check_choice("name", name, FINGERPRINT_LOSSES)
     return FINGERPRINT_LOSSES[name]
 
 

@@ -19,6 +19,8 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import qmc
 
+from qmri._choices import check_choice
+
 Array = NDArray[np.float64]
 
 __all__ = ["IVIM", "FunctionModel", "Parameter", "SignalModel", "check_bvalues"]
@@ -622,8 +624,8 @@ class FunctionModel(SignalModel):
                 f"parameters must be named as the arguments of {function.__name__} after the "
                 f"first, {arguments}, got {self.names}"
             )
-        if amplitude is not None and amplitude not in self.names:
-            raise ValueError(f"amplitude must be one of {self.names}, got {amplitude!r}")
+        if amplitude is not None:
+            check_choice("amplitude", amplitude, self.names)
         self.amplitude = amplitude
         self.function = function
         self._signal, self._signal_and_jacobian = _compile(function, len(self.parameters))

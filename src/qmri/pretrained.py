@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from numpy.typing import ArrayLike
 
+from qmri._choices import check_choice
 from qmri.artefacts import MissingArtefacts, Study, with_prefix
 from qmri.models import IVIM
 from qmri.networks import (
@@ -164,10 +165,7 @@ def _load_fingerprint_estimator(
     family, _, loss = name.partition("/")
     study = Study(_FINGERPRINTS[family])
     stored = study.results["networks"]
-    if loss not in stored:
-        raise ValueError(
-            f"name must be one of {family}/{f', {family}/'.join(stored)}, got {name!r}"
-        )
+    check_choice("name", name, [f"{family}/{other}" for other in stored])
     if replicate != 0:
         raise ValueError(f"replicate must be 0, the only one stored, got {replicate!r}")
     network = FingerprintNetwork(**stored[loss]["settings"]).load(

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qmri import losses
+from qmri._choices import check_choice
 from qmri.artefacts import load_arrays, save_arrays
 from qmri.datasets import Dataset, Fingerprints
 from qmri.losses import FingerprintLoss, Recipe
@@ -696,8 +697,7 @@ def train_fingerprints(
         raise ValueError(f"batch must be at most {len(training)}, the training set, got {batch}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate!r}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    check_choice("schedule", schedule, SCHEDULES)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, got {clip!r}")
     if not 0 <= single_precision <= 1:

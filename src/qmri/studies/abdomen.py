@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
-from qmri import artefacts, pretrained
-from qmri.artefacts import Stages, Study, with_prefix
+from qmri import pretrained
+from qmri._choices import check_choice
+from qmri.artefacts import Stages, Study, StudyResults, carry_out, with_prefix
 from qmri.crb import cramer_rao_bound
 from qmri.datasets import Dataset, labels_from_fit
 from qmri.losses import recipe
@@ -141,13 +142,11 @@ def run(scale: str, seed: int = 0, out: str | Path | None = None, fresh: bool = 
     MissingArtefacts
         If the networks for these b-values have not been trained.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    check_choice("scale", scale, SCALES)
     study = _Study(SCALES[scale], seed)
-    return artefacts.carry_out(
-        "abdomen", f"qmri study abdomen --scale {scale}",
-        {"scale": scale, "seed": seed, **study.settings}, study.compute, out=out, fresh=fresh,
-    )  # fmt: skip
+    return carry_out(
+        "abdomen", study.compute, study.settings, scale=scale, seed=seed, out=out, fresh=fresh
+    )
 
 
 def acquisitions(scan: AbdominalScan) -> NDArray[np.intp]:
@@ -597,8 +596,7 @@ class Measured:
 
     def in_organ(self, organ: str) -> NDArray[np.bool_]:
         """Voxels of one organ, (voxels,)."""
-        if organ not in ORGANS:
-            raise ValueError(f"organ must be one of {', '.join(ORGANS)}, got {organ!r}")
+        check_choice("organ", organ, ORGANS)
         return self.organ == ORGANS.index(organ)
 
     def errors(self, estimator: str, design: str, against: str = "reference") -> Errors:
@@ -616,15 +614,9 @@ class Measured:
         against : {"reference", "truth"}
             What counts as right.
         """
-        if design not in DESIGNS:
-            raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {design!r}")
-        if against not in ("reference", "truth"):
-            raise ValueError(f"against must be 'reference' or 'truth', got {against!r}")
-        if estimator not in (*ESTIMATORS, "split-half", "truth"):
-            raise ValueError(
-                f"estimator must be one of {', '.join(ESTIMATORS)}, split-half or truth, got "
-                f"{estimator!r}"
-            )
+        check_choice("design", design, DESIGNS)
+        check_choice("against", against, ("reference", "truth"))
+        check_choice("estimator", estimator, (*ESTIMATORS, "split-half", "truth"))
         if "truth" in (estimator, against) and self.truth is None:
             raise ValueError("truth is known of simulated tissue alone")
         if estimator == "split-half":
@@ -763,8 +755,7 @@ def curve(
     ----------
     Epstein et al. {cite}`epstein2024labels`.
     """
-    if parameter not in PARAMETERS:
-        raise ValueError(f"parameter must be one of {', '.join(PARAMETERS)}, got {parameter!r}")
+    check_choice("parameter", parameter, PARAMETERS)
     column, edges = PARAMETERS.index(parameter), np.array(EDGES[parameter], dtype=np.float64)
     found = measured.errors(estimator, design, against)
     value = found.reference[:, column]
@@ -809,7 +800,7 @@ def _percentiles(values: Array) -> Array:
     return result
 
 
-class Results:
+class Results(StudyResults):
     """What a run has left: references, what each estimator made of them, and controls.
 
     Parameters
@@ -831,23 +822,8 @@ class Results:
     """
 
     def __init__(self, location: str | Path | None = None):
-        self.study = Study("abdomen", location)
+        super().__init__("abdomen", location)
         self.volunteers = tuple(self.study.settings["volunteers"])
-        self._files: dict[str, dict[str, Array]] = {}
-
-    def __repr__(self) -> str:
-        return f"<Results {self.study!r}>"
-
-    @property
-    def label(self) -> str:
-        """The scale, as figures state it: "paper scale" or "quick scale"."""
-        return self.study.label
-
-    def arrays(self, file: str) -> dict[str, Array]:
-        """One file of the study, kept once read: ``consistency``, ``phantom``, ``mistake``, ..."""
-        if file not in self._files:
-            self._files[file] = self.study.arrays(f"{file}.npz")
-        return self._files[file]
 
     def measured(self, name: str) -> Measured:
         """Voxels and estimates.
@@ -858,14 +834,12 @@ class Results:
             Volunteers; simulated tissue drawn from their references; simulated tissue drawn
             from the networks' training ranges.
         """
-        if name not in ("in-vivo", "matched", "uniform"):
-            raise ValueError(f"name must be in-vivo, matched or uniform, got {name!r}")
+        check_choice("name", name, ("in-vivo", "matched", "uniform"))
         return Measured.from_arrays(self.arrays(name))
 
     def phantom(self, state: str) -> Measured:
         """The bottle, as it was ``"measured"`` or with ``"noise added"``."""
-        if state not in ("measured", "noise added"):
-            raise ValueError(f"state must be 'measured' or 'noise added', got {state!r}")
+        check_choice("state", state, ("measured", "noise added"))
         return Measured.from_arrays(with_prefix(self.arrays("phantom"), f"{state}/"))
 
     def maps(self, volunteer: int) -> dict[str, Array]:
@@ -884,10 +858,7 @@ class Results:
             reference lies inside its bounds; ``outside``: whether S0 / sigma lies outside what
             the networks were trained for.
         """
-        if volunteer not in self.study.settings["maps"]:
-            raise ValueError(
-                f"volunteer must be one of {self.study.settings['maps']}, got {volunteer!r}"
-            )
+        check_choice("volunteer", volunteer, self.study.settings["maps"])
         found = self.arrays(f"maps-{volunteer}")
         rows, columns, shape = found["row"], found["column"], tuple(found["shape"])
         maps = {}

@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
-from qmri import artefacts, pretrained
-from qmri.artefacts import Stages, Study, with_prefix
+from qmri import pretrained
+from qmri._choices import check_choice
+from qmri.artefacts import Stages, Study, StudyResults, carry_out, with_prefix
 from qmri.crb import bound_from_jacobian, with_amplitude
 from qmri.models import Array
 from qmri.mt import MTModel, PulseTrain
@@ -192,13 +193,11 @@ def run(scale: str, seed: int = 0, out: str | Path | None = None, fresh: bool = 
     The fits do not depend on the networks: after these have been trained anew, the same command
     reads the fits that are finished and repeats the rest.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    check_choice("scale", scale, SCALES)
     study = _Study(SCALES[scale], seed)
-    return artefacts.carry_out(
-        "brain", f"qmri study brain --scale {scale}",
-        {"scale": scale, "seed": seed, **study.settings}, study.compute, out=out, fresh=fresh,
-    )  # fmt: skip
+    return carry_out(
+        "brain", study.compute, study.settings, scale=scale, seed=seed, out=out, fresh=fresh
+    )
 
 
 # --- least squares over an image -------------------------------------------------------------
@@ -841,7 +840,7 @@ def _digest(network: FingerprintEstimator) -> str:
     return digest.hexdigest()[:12]
 
 
-class Results:
+class Results(StudyResults):
     """What a run has left: maps by least squares and by networks, and tables.
 
     Parameters
@@ -862,12 +861,8 @@ class Results:
     """
 
     def __init__(self, location: str | Path | None = None):
-        self.study = Study("brain", location)
+        super().__init__("brain", location)
         self.step = self.study.settings["step"]
-        self._files: dict[str, dict[str, Array]] = {}
-
-    def __repr__(self) -> str:
-        return f"<Results {self.study!r}>"
 
     @property
     def label(self) -> str:
@@ -875,12 +870,6 @@ class Results:
         of_networks = self.study.results["networks"]["scale"]
         more = "" if of_networks == self.study.scale else f", networks of {of_networks} scale"
         return self.study.label + more
-
-    def arrays(self, file: str) -> dict[str, Array]:
-        """One file of the study, kept once read: ``slice``, ``networks``, ``phantom``, ..."""
-        if file not in self._files:
-            self._files[file] = self.study.arrays(f"{file}.npz")
-        return self._files[file]
 
     @property
     def nlls(self) -> dict[str, Array]:
@@ -905,13 +894,13 @@ class Results:
 
     def estimate(self, name: str) -> Array:
         """m0s, T1 (s) and T2f (s) of each voxel by ``"nlls"``, ``"crb"`` or ``"mse"``."""
+        check_choice("name", name, ("nlls", *NETWORKS))
         if name == "nlls":
             return self.nlls["theta"][:, : len(TARGETS)]
         return self._of(name)["estimate"]
 
     def _of(self, name: str) -> dict[str, Array]:
-        if name not in NETWORKS:
-            raise ValueError(f"name must be nlls or one of {', '.join(NETWORKS)}, got {name!r}")
+        check_choice("name", name, NETWORKS)
         return with_prefix(self.arrays("networks"), f"{name}/")
 
     def image(self, values: ArrayLike) -> Array:
@@ -952,8 +941,7 @@ class Results:
             average; and ``residual``, its answer to what the model has left, noise or not.
             ``noise sd`` is the standard deviation of that answer if the residual is white noise.
         """
-        if noise not in NOISES:
-            raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
+        check_choice("noise", noise, NOISES)
         found, fit = self._of(name), self.estimate("nlls")
         return {
             "whole": found["estimate"] - fit,
@@ -1024,10 +1012,8 @@ class Results:
 
         `name` is ``"truth"``, ``"nlls"``, ``"crb"`` or ``"mse"``.
         """
+        check_choice("name", name, ("truth", "nlls", *NETWORKS))
         found = self.arrays("phantom")
-        if name in ("truth", "nlls"):
-            values = found["truth" if name == "truth" else "theta"][:, : len(TARGETS)]
-        else:
-            self._of(name)
-            values = found[f"estimate/{name}"]
+        key = {"truth": "truth", "nlls": "theta"}.get(name, f"estimate/{name}")
+        values = found[key][:, : len(TARGETS)]
         return [values[found["tube"] == k] for k in range(len(TUBES))]

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from qmri import artefacts, pretrained
-from qmri.artefacts import Stages, Study, with_prefix
+from qmri import pretrained
+from qmri._choices import check_choice
+from qmri.artefacts import Stages, StudyResults, carry_out, study_name, with_prefix
 from qmri.crb import bound_from_jacobian, bound_with_complex_parameters, with_amplitude
 from qmri.datasets import Fingerprints
 from qmri.evaluation import RepeatStatistics, repeat_statistics
@@ -248,22 +249,13 @@ def run(
     DataUnavailable, CorruptFile
         If the published train cannot be had.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    name = _study_name(protocol)
+    check_choice("scale", scale, SCALES)
+    name = study_name("crb-loss", protocol, PROTOCOLS)
     study = _Study(SCALES[scale], protocol, seed)
-    command = f"qmri study crb-loss --scale {scale}"
-    command += "" if protocol == "published" else f" --protocol {protocol}"
-    return artefacts.carry_out(
-        name, command, {"scale": scale, "protocol": protocol, "seed": seed, **study.settings},
-        study.compute, out=out, fresh=fresh,
+    return carry_out(
+        name, study.compute, study.settings, scale=scale, seed=seed, protocol=protocol, out=out,
+        fresh=fresh,
     )  # fmt: skip
-
-
-def _study_name(protocol: str) -> str:
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    return "crb-loss" + ("" if protocol == "published" else f"-{protocol}")
 
 
 class _Study:
@@ -658,7 +650,7 @@ def _plane(model: MTModel, plane: Mapping[str, tuple[float, float]], points: int
     return theta
 
 
-class Results:
+class Results(StudyResults):
     """What a run has left: statistics of every network, the Bayes floor, and more.
 
     Parameters
@@ -682,24 +674,9 @@ class Results:
     """
 
     def __init__(self, protocol: str = "published", location: str | Path | None = None):
-        self.study = Study(_study_name(protocol), location)
+        super().__init__(study_name("crb-loss", protocol, PROTOCOLS), location)
         self.replicates = self.study.settings["replicates"]
         self.snrs = tuple(self.study.settings["snrs"])
-        self._files: dict[str, dict[str, Array]] = {}
-
-    def __repr__(self) -> str:
-        return f"<Results {self.study!r}>"
-
-    @property
-    def label(self) -> str:
-        """The scale, as figures state it: "paper scale" or "quick scale"."""
-        return self.study.label
-
-    def arrays(self, file: str) -> dict[str, Array]:
-        """One file of the study, kept once read: ``physics``, ``floor``, ``conventional``, ..."""
-        if file not in self._files:
-            self._files[file] = self.study.arrays(f"{file}.npz")
-        return self._files[file]
 
     def names(self) -> tuple[str, ...]:
         """Networks that were trained and tested, as in `NETWORKS`."""
@@ -707,8 +684,7 @@ class Results:
 
     def replicates_of(self, name: str) -> range:
         """Trainings of one network."""
-        if name not in self.names():
-            raise ValueError(f"name must be one of {', '.join(self.names())}, got {name!r}")
+        check_choice("name", name, self.names())
         return range(self.replicates if self.study.settings["networks"][name]["replicates"] else 1)
 
     def fingerprints(self) -> Fingerprints:
@@ -724,8 +700,7 @@ class Results:
     def variant(self, name: str) -> dict[str, Array]:
         """As `history`, of one of `VARIANTS`, with the number of ``weights``."""
         variants = self.study.settings["variants"]
-        if name not in variants:
-            raise ValueError(f"name must be one of {', '.join(variants)}, got {name!r}")
+        check_choice("name", name, variants)
         return with_prefix(self.arrays("training"), f"variant/{name}/")
 
     def test(self, name: str, replicate: int = 0) -> dict[str, Array]:
@@ -752,8 +727,7 @@ class Results:
         dict of str to array
             ``mean``, ``sd``, ``bias``, ``crb``, and ``theta`` (points, points, 7).
         """
-        if plane not in self.study.settings["planes"]:
-            raise ValueError(f"plane must be one of {', '.join(PLANES)}, got {plane!r}")
+        check_choice("plane", plane, self.study.settings["planes"])
         own = with_prefix(self._of("planes", name, replicate), f"{plane}/")
         found = {**own, **with_prefix(self.arrays("planes"), f"{plane}/")}
         points = self.study.settings["points"]

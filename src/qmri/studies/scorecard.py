@@ -405,7 +405,7 @@ class _PartA:
         return float(np.mean(np.all(np.sign(maps) == -overall, axis=0)))
 
     def a11(self) -> Row:
-        found = self.results.study.arrays("black-box.npz")
+        found = self.results.arrays("black-box")
         v = found["parameters"].tolist().index("v")
 
         def of_v(quantity: str, name: str) -> Array:

@@ -1,6 +1,7 @@
 """The scorecard of the first paper in vivo: claims A12 and A13, by the rule of `scorecard`.
 
-The comparisons, the bins and what makes a bin plentiful were fixed before the numbers were seen.
+The comparisons, the bins and what makes a bin plentiful were fixed before the numbers of paper
+scale were seen; quick runs had been looked at.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The in-vivo part of the second half of the scorecard: a phantom and the paper's own slice.
 
-The rule is that of `scorecard`. Comparisons and thresholds were chosen before the numbers were
-seen.
+The rule is that of `scorecard`. Comparisons and thresholds were chosen before the numbers of the
+whole slice were seen; runs on a part of its voxels had been looked at.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ def part_b_in_vivo(results: Results) -> list[Row]:
     over all tissue (correlation; difference on average), for m0s and T1; then, for each deep
     structure whose T2f is shorter than that of white matter by least squares, whether the
     network taught by the CRB loss has at least half of that contrast and the other less.
-    The outlines of these structures were sketched on the map of the first of the two networks,
-    which may favour it.
 
     References
     ----------

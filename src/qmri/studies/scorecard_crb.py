@@ -1,6 +1,6 @@
 """The second half of the scorecard: the claims about the CRB loss, by the rule of `scorecard`.
 
-Comparisons were chosen before the numbers were seen.
+Comparisons were chosen before the numbers of full size were seen; quick runs had been looked at.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from qmri import artefacts, pretrained
-from qmri.artefacts import Stages, Study, with_prefix
+from qmri import pretrained
+from qmri._choices import check_choice
+from qmri.artefacts import Stages, StudyResults, carry_out, study_name, with_prefix
 from qmri.datasets import Dataset, Labels, mle_labels, simulate
 from qmri.evaluation import Grid, GridAccumulator, GridStatistics, blocks
 from qmri.losses import Recipe, recipe
@@ -227,23 +228,14 @@ def run(
     ValueError
         If `scale` or `protocol` is unknown, or the work folder holds another run's stages.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    name = _study_name(protocol)
+    check_choice("scale", scale, SCALES)
+    name = study_name("training-labels", protocol, PROTOCOLS)
     asked = PROTOCOLS[protocol]
     study = (_WholeStudy if asked.further else _Study)(SCALES[scale], asked, seed)
-    command = f"qmri study training-labels --scale {scale}"
-    command += "" if protocol == "paper" else f" --protocol {protocol}"
-    return artefacts.carry_out(
-        name, command, {"scale": scale, "protocol": protocol, "seed": seed, **study.settings},
-        study.compute, out=out, fresh=fresh,
+    return carry_out(
+        name, study.compute, study.settings, scale=scale, seed=seed, protocol=protocol, out=out,
+        fresh=fresh,
     )  # fmt: skip
-
-
-def _study_name(protocol: str) -> str:
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    return "training-labels" + ("" if protocol == "paper" else f"-{protocol}")
 
 
 class _Tested(NamedTuple):
@@ -717,7 +709,7 @@ def _dataloader_step(dataset: Dataset, batch: int, steps: int, seed: int) -> flo
     return (time.perf_counter() - begin) / done
 
 
-class Results:
+class Results(StudyResults):
     """What a run has left: statistics of every estimator on the test grid, and more.
 
     Parameters
@@ -743,27 +735,12 @@ class Results:
     """
 
     def __init__(self, protocol: str = "paper", location: str | Path | None = None):
-        name = _study_name(protocol)
-        self.study = Study(name, location)
+        super().__init__(study_name("training-labels", protocol, PROTOCOLS), location)
         settings = self.study.settings
         self.model = IVIM(settings["bvalues"])
         self.grid = Grid.regular(self.model, settings["points"])
         self.snrs = tuple(settings["snrs"])
         self.replicates = settings["replicates"]
-        self._files: dict[str, dict[str, Array]] = {}  # those read so far
-
-    def __repr__(self) -> str:
-        return f"<Results {self.study!r}>"
-
-    @property
-    def label(self) -> str:
-        """The scale, as figures state it: "paper scale" or "quick scale"."""
-        return self.study.label
-
-    def _arrays(self, file: str) -> dict[str, Array]:
-        if file not in self._files:
-            self._files[file] = self.study.arrays(file)
-        return self._files[file]
 
     def noise(self, snr: int) -> Rician:
         """Noise of the test signals at an SNR."""
@@ -771,13 +748,12 @@ class Results:
 
     def names(self, snr: int) -> tuple[str, ...]:
         """Estimators that were tested at an SNR: networks by recipe, and maximum likelihood."""
-        labels = self._arrays(self._grid_file(snr))
+        labels = self.arrays(self._grid_file(snr))
         return tuple(dict.fromkeys(label.split("/")[0] for label in labels))
 
     def _grid_file(self, snr: int) -> str:
-        if snr not in self.snrs:
-            raise ValueError(f"snr must be one of {self.snrs}, got {snr!r}")
-        return f"grid-snr{snr}.npz"
+        check_choice("snr", snr, self.snrs)
+        return f"grid-snr{snr}"
 
     def statistics(self, snr: int, name: str, replicate: int = 0) -> GridStatistics:
         """What one estimator does on the test grid.
@@ -791,7 +767,7 @@ class Results:
         replicate : int
             Of a network, below `replicates`; maximum likelihood has one only.
         """
-        found = with_prefix(self._arrays(self._grid_file(snr)), f"{name}/{replicate}/")
+        found = with_prefix(self.arrays(self._grid_file(snr)), f"{name}/{replicate}/")
         if not found:
             raise ValueError(
                 f"name and replicate must be among those tested, {', '.join(self.names(snr))} "
@@ -816,7 +792,7 @@ class Results:
             those that have enough of them.
         """
         self._grid_file(snr)  # refuses an SNR that was not studied
-        return with_prefix(self._arrays("inside.npz"), f"snr{snr}/")
+        return with_prefix(self.arrays("inside"), f"snr{snr}/")
 
     def training(self, stage: str) -> dict[str, Array]:
         """How training went.
@@ -833,7 +809,7 @@ class Results:
             the same behind ``standard/``, ``wide/`` and ``deep/``, with the number of
             ``weights`` and the ``test`` loss.
         """
-        found = with_prefix(self._arrays("training.npz"), f"{stage}/")
+        found = with_prefix(self.arrays("training"), f"{stage}/")
         if not found:
             raise ValueError(f"stage must be restarts, networks or shapes, got {stage!r}")
         return found
