@@ -81,30 +81,33 @@ WINDOW = 7  # rows and columns of voxels over which the noise is averaged
 # How much of the residual is noise: all of it, or what differs from voxel to voxel.
 NOISES = ("residual", "local")
 DEEP = ("lentiform nucleus", "caudate nucleus", "thalamus")
-# Outlines in rows and columns of the whole slice, whose left side is the forehead, sketched on the
-# T2f map of the CRB network and confirmed on the maps by least squares: not blind to a candidate.
+# Outlines in rows and columns of the whole slice, whose left side is the forehead: drawn on the
+# maps by least squares alone, borders by m0s and T1, by somebody who had seen no network's map.
 # The slice lies too high to tell the pallidum from the putamen.
 OUTLINES: Mapping[str, tuple[tuple[float, float], ...]] = {
     "lentiform nucleus upper": (
-        (54.5, 92.0), (54.5, 106.0), (58.5, 109.0), (61.0, 104.0), (62.5, 92.0), (59.0, 88.0),
+        (57.5, 88.5), (57.5, 93.5), (56.5, 96.5), (56.5, 101.5), (57.0, 104.5), (59.5, 104.5),
+        (60.5, 100.5), (61.5, 98.5), (61.5, 94.5), (60.5, 89.5),
     ),
     "lentiform nucleus lower": (
-        (103.5, 85.0), (104.5, 96.0), (107.0, 104.0), (110.5, 108.0), (113.0, 106.0),
-        (112.5, 96.0), (109.0, 86.0),
+        (107.0, 82.5), (105.5, 86.5), (103.5, 89.5), (103.5, 93.5), (105.5, 97.5), (108.0, 99.5),
+        (110.5, 103.5), (112.5, 103.5), (112.5, 96.5), (110.5, 87.5),
     ),
     "caudate nucleus upper": (
-        (67.0, 79.0), (66.5, 86.0), (69.5, 92.0), (72.5, 93.0), (72.5, 87.0), (71.0, 81.0),
+        (66.0, 75.5), (65.5, 80.5), (67.0, 85.5), (69.0, 88.5), (71.0, 90.5), (73.5, 90.5),
+        (73.5, 84.5), (71.5, 81.5), (68.5, 78.0),
     ),
     "caudate nucleus lower": (
-        (93.0, 82.0), (92.5, 90.0), (95.0, 93.0), (99.0, 90.0), (101.0, 80.0), (97.0, 77.0),
+        (98.5, 72.5), (95.5, 74.0), (93.5, 77.5), (91.5, 82.5), (92.5, 87.5), (93.5, 89.0),
+        (95.5, 86.5), (97.0, 83.5), (99.0, 79.5), (99.5, 74.0),
     ),
     "thalamus upper": (
-        (69.0, 112.0), (67.0, 120.0), (66.5, 124.0), (72.0, 124.0), (76.0, 119.0), (79.5, 110.0),
-        (79.5, 104.0), (75.0, 101.0), (71.0, 106.0),
+        (74.5, 101.0), (72.0, 103.0), (69.5, 105.5), (67.5, 111.5), (65.5, 118.0), (65.5, 124.5),
+        (71.5, 125.5), (74.5, 119.5), (79.5, 111.5), (80.0, 104.5),
     ),
     "thalamus lower": (
-        (87.0, 103.0), (87.5, 110.0), (92.0, 117.0), (96.0, 123.0), (101.0, 125.0),
-        (104.0, 122.0), (99.0, 115.0), (95.0, 108.0), (90.0, 101.0),
+        (91.0, 100.0), (88.0, 102.5), (88.0, 107.5), (92.0, 115.5), (96.0, 121.5), (97.5, 125.0),
+        (101.5, 125.0), (99.0, 114.5), (96.5, 108.5), (94.5, 100.0),
     ),
 }  # fmt: skip
 
