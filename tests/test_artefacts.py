@@ -411,13 +411,16 @@ def test_killed_stage_is_computed_again_from_its_checkpoint(tmp_path):
     assert not stages.path("training").exists()
 
 
-def test_time_before_an_error_counts_if_the_stage_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", ["{}", "{}.0.npz"], ids=["one file", "one of several"])
+def test_time_before_an_error_counts_if_the_stage_goes_on_from_a_checkpoint(
+    tmp_path, monkeypatch, kept
+):
     clock = iter([0.0, 30.0, 100.0, 112.0, 200.0, 205.0])
     monkeypatch.setattr(artefacts.time, "perf_counter", lambda: next(clock))
     stages = Stages(tmp_path, SETTINGS)
 
     def half():
-        save_arrays(stages.path("training"), {"epoch": np.array(7)})
+        save_arrays(kept.format(stages.path("training")), {"epoch": np.array(7)})
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -689,7 +689,9 @@ class Stages:
                 logger.info("%s: finished before, in %.1f s", name, seconds)
                 return arrays
         checkpoint = self.path(name)
-        spent = seconds if checkpoint.exists() and not finished else 0.0
+        # Work that is done in parallel keeps several files, named after this one.
+        begun = any(checkpoint.parent.glob(f"{checkpoint.name}*"))
+        spent = seconds if begun and not finished else 0.0
         start = time.perf_counter()
         try:
             save_arrays(file, compute())
