@@ -161,7 +161,7 @@ class TestInterrupted:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": "huge"}, "scale must be one of quick, medium, paper"),
+        ({"scale": "huge"}, "scale must be one of quick, paper"),
         ({"scale": "quick", "protocol": "paper"}, "protocol must be one of published, default"),
     ],
 )

@@ -87,7 +87,6 @@ def _add_study(commands: argparse._SubParsersAction) -> None:
         NETWORKS_STUDY,
         ["published", "default"],
         "train of pulses: the published one, which is fetched, or the library's own",
-        ["quick", "medium", "paper"],
     )
     _add_one_study(
         studies,
@@ -115,7 +114,6 @@ def _add_one_study(
     description: str,
     protocols: Sequence[str] = (),
     meaning: str = "",
-    scales: Sequence[str] = ("quick", "paper"),
 ) -> None:
     study = studies.add_parser(
         name,
@@ -123,7 +121,9 @@ def _add_one_study(
         description=f"{description} A run that was interrupted goes on where it was when the "
         "same command is given again.",
     )
-    study.add_argument("--scale", choices=scales, required=True, help="how much to compute")
+    study.add_argument(
+        "--scale", choices=("quick", "paper"), required=True, help="how much to compute"
+    )
     if protocols:
         study.add_argument("--protocol", choices=protocols, default=protocols[0], help=meaning)
     study.add_argument("--seed", type=_seed, default=0, help="where random numbers start (0)")
