@@ -323,7 +323,7 @@ class TestTraining:
             ({"batch": 0}, "batch must be 1 or more, got 0"),
             ({"batch": 2000}, "batch must be at most 1000, the training set, got 2000"),
             ({"learning_rate": np.nan}, "learning_rate must be positive, got nan"),
-            ({"schedule": "linear"}, "schedule must be one of .*'step'.*got 'linear'"),
+            ({"schedule": "linear"}, "schedule must be one of step, cosine, got 'linear'"),
             ({"single_precision": 2}, "single_precision must be a share from 0 to 1, got 2"),
         ],
     )
