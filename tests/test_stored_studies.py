@@ -44,6 +44,7 @@ def test_files_hold_plain_arrays(stored):
 def test_files_are_small(stored):
     sizes = [path.stat().st_size for path in stored.folder.iterdir()]
     assert sum(sizes) < LIMITS[stored.name]
+    assert max(sizes) < 4_000_000
 
 
 def test_its_command_can_be_typed(stored):

@@ -283,6 +283,9 @@ def _one_thread() -> Iterator[None]:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Adam's memory of gradients that have died out ends in numbers below 1e-38, which change no
+    # weight and which processors handle so slowly that a step takes half as long again.
+    torch.set_flush_denormal(True)
 
 
 def _end_with_parent() -> None:
@@ -826,9 +829,6 @@ _here: list[tuple[Fingerprints, Fingerprints]] = []  # the data of a worker, sen
 
 def _start_fingerprint_worker(data: tuple[Fingerprints, Fingerprints]) -> None:
     _start_worker()
-    # Adam's memory of gradients that have died out ends in numbers below 1e-38, which change no
-    # weight and which processors handle so slowly that a step takes half as long again.
-    torch.set_flush_denormal(True)
     _here[:] = [data]
 
 
